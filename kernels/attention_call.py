@@ -1,0 +1,201 @@
+"""One attention call over quantized keys and values: its checked arguments, and its static description.
+
+Everything behind this module (plans, kernels, the reference) may rely on what :func:`check_call` has checked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from qsdpa_patch.kernels.format import Format
+from qsdpa_patch.kernels.quantized_tensor import QuantizedTensor
+
+__all__ = ["AttentionCall", "RopeTerm", "Signature", "check_call"]
+
+_FLOATS = (mx.float16, mx.bfloat16, mx.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class RopeTerm:
+    """The second score term of absorbed MLA: ``queries @ keys^T`` is added to the scaled scores.
+
+    queries: ``[B, Hq, L, R]``, already multiplied by the softmax scale.
+    keys: ``[B, 1, N, R]``, plain (not quantized), possibly a slice of a larger buffer.
+    """
+
+    queries: mx.array
+    keys: mx.array
+
+
+class Signature(NamedTuple):
+    """What a kernel may be specialized on: all that is static about a call, without the number of keys.
+
+    key_dim and value_dim are stored row lengths, multiples of 32.
+    dtype and scale dtypes are :class:`mlx.core.Dtype`; a scale dtype is uint8 for floating-point formats.
+    mask is ``"none"``, ``"causal"``, ``"bool"`` or ``"additive"``.
+    """
+
+    batch: int
+    query_heads: int
+    kv_heads: int
+    query_length: int
+    key_dim: int
+    value_dim: int
+    dtype: mx.Dtype
+    key_format: Format
+    value_format: Format
+    key_scale_dtype: mx.Dtype
+    value_scale_dtype: mx.Dtype
+    mask: str
+    has_sinks: bool
+    rope_dim: int  # 0 without a rope term
+    shared_kv: bool  # values are the very tensor that keys are (absorbed MLA): read and dequantize it once
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionCall:
+    """The arguments of one call, checked.
+
+    queries: ``[B, Hq, L, D]``; keys: ``[B, Hkv, N, D]``; values: ``[B, Hkv, N, Dv]``, each with its own format. D and
+        Dv are stored row lengths, multiples of 32: where the keys' rows are padded, so are the queries, with zeros,
+        and the first ``output_dim`` numbers of an output row are the result.
+    scale: multiplies ``queries @ keys^T``.
+    mask: ``None``, ``"causal"`` (the last query sees all keys, each earlier one a key fewer), or an array that
+        broadcasts to ``[B, Hq, L, N]``: boolean (true: attend) or floating (added to the scores; ``-inf`` excludes).
+        It has 4 dimensions, of size 1 where it broadcasts.
+    sinks: ``[Hq]`` logits that enter the softmax's denominator, or ``None``.
+    rope: the second score term of absorbed MLA, or ``None``.
+    signature: the static description.
+
+    A row with no key left gives zeros.
+    """
+
+    queries: mx.array
+    keys: QuantizedTensor
+    values: QuantizedTensor
+    scale: float
+    mask: mx.array | str | None
+    sinks: mx.array | None
+    rope: RopeTerm | None
+    signature: Signature
+
+    @property
+    def output_dim(self) -> int:
+        """Logical length of an output row; the rest, up to ``signature.value_dim``, is padding."""
+        return self.values.dim
+
+    @property
+    def key_count(self) -> int:
+        return self.keys.codes.shape[2]
+
+
+def check_call(
+    queries: mx.array,
+    keys: QuantizedTensor,
+    values: QuantizedTensor,
+    *,
+    scale: float,
+    mask: mx.array | str | None = None,
+    sinks: mx.array | None = None,
+    rope: RopeTerm | None = None,
+) -> AttentionCall:
+    """Check the arguments of a call (see :class:`AttentionCall`) and describe it.
+
+    Raises:
+        TypeError: an argument of a type or dtype that is not taken.
+        ValueError: shapes that do not go together. The message names the argument, what was given and what is taken.
+    """
+    batch, query_heads, length, key_dim = _check_queries(queries)
+    kv_heads, count = _check_keys_values(queries, keys, values)
+    mask_kind = "none"
+    if mask is not None:
+        mask, mask_kind = _check_mask(mask, (batch, query_heads, length, count))
+        if mask_kind == "causal" and length == 1:
+            mask, mask_kind = None, "none"
+    if sinks is not None:
+        _check_sinks(sinks, query_heads)
+    if rope is not None:
+        _check_rope(rope, queries, count)
+    padding = keys.padded_dim - key_dim
+    if padding:
+        queries = mx.pad(queries, [(0, 0), (0, 0), (0, 0), (0, padding)])
+    signature = Signature(
+        batch, query_heads, kv_heads, length, key_dim + padding, values.padded_dim, queries.dtype,
+        keys.format, values.format, keys.scales.dtype, values.scales.dtype, mask_kind, sinks is not None,
+        0 if rope is None else rope.queries.shape[-1], values is keys,
+    )  # fmt: skip
+    return AttentionCall(queries, keys, values, float(scale), mask, sinks, rope, signature)
+
+
+def _check_queries(queries: mx.array) -> tuple[int, int, int, int]:
+    if not isinstance(queries, mx.array) or queries.dtype not in _FLOATS:
+        given = queries.dtype if isinstance(queries, mx.array) else type(queries).__name__
+        raise TypeError(f"queries are {given}: give an array of float16, bfloat16 or float32")
+    if queries.ndim != 4:
+        raise ValueError(f"queries have shape {tuple(queries.shape)}: give [batch, heads, length, head_dim]")
+    batch, heads, length, dim = queries.shape
+    return batch, heads, length, dim
+
+
+def _check_keys_values(queries: mx.array, keys: QuantizedTensor, values: QuantizedTensor) -> tuple[int, int]:
+    for name, tensor in (("keys", keys), ("values", values)):
+        if type(tensor) is not QuantizedTensor:
+            raise TypeError(f"{name} are {type(tensor).__name__}: give a QuantizedTensor (see quantize)")
+        if tensor.codes.ndim != 4:
+            raise ValueError(f"{name} have shape {tuple(tensor.shape)}: give [batch, kv_heads, count, head_dim]")
+    batch, query_heads, _, dim = queries.shape
+    k_batch, kv_heads, count, _ = keys.codes.shape
+    if k_batch != batch or keys.dim != dim:
+        raise ValueError(
+            f"keys have shape {tuple(keys.shape)}: queries {tuple(queries.shape)} take "
+            f"[{batch}, kv_heads, count, {dim}]"
+        )
+    if kv_heads == 0 or query_heads % kv_heads:
+        raise ValueError(f"{query_heads} query heads are no multiple of {kv_heads} key heads")
+    if values.codes.shape[:3] != keys.codes.shape[:3]:
+        raise ValueError(
+            f"values have shape {tuple(values.shape)}: keys {tuple(keys.shape)} take "
+            f"[{batch}, {kv_heads}, {count}, value_dim]"
+        )
+    return kv_heads, count
+
+
+def _check_mask(mask: mx.array | str, full: tuple[int, int, int, int]) -> tuple[mx.array | str, str]:
+    """The mask with 4 dimensions, and its kind."""
+    if isinstance(mask, str):
+        if mask != "causal":
+            raise ValueError(f"mask={mask!r}: the only mask with a name is 'causal'")
+        if full[2] > full[3]:
+            raise ValueError(f"mask='causal' with {full[2]} queries takes as many keys or more; there are {full[3]}")
+        return mask, "causal"
+    if not isinstance(mask, mx.array):
+        raise TypeError(f"mask is {type(mask).__name__}: give None, 'causal' or an array")
+    if mask.dtype != mx.bool_ and mask.dtype not in _FLOATS:
+        raise TypeError(f"mask is {mask.dtype}: give a boolean mask or one of float16, bfloat16 or float32")
+    shape = tuple(mask.shape)
+    padded = (1,) * (4 - len(shape)) + shape
+    if len(shape) > 4 or any(m not in (1, f) for m, f in zip(padded, full, strict=True)):
+        raise ValueError(f"mask has shape {shape}: it must broadcast to {full} (batch, query heads, queries, keys)")
+    return mask if len(shape) == 4 else mask.reshape(padded), "bool" if mask.dtype == mx.bool_ else "additive"
+
+
+def _check_sinks(sinks: mx.array, query_heads: int) -> None:
+    if not isinstance(sinks, mx.array) or sinks.dtype not in _FLOATS:
+        given = sinks.dtype if isinstance(sinks, mx.array) else type(sinks).__name__
+        raise TypeError(f"sinks are {given}: give an array of float16, bfloat16 or float32")
+    if tuple(sinks.shape) != (query_heads,):
+        raise ValueError(f"sinks have shape {tuple(sinks.shape)}: give one for each query head, ({query_heads},)")
+
+
+def _check_rope(rope: RopeTerm, queries: mx.array, count: int) -> None:
+    batch, heads, length, _ = queries.shape
+    if tuple(rope.queries.shape[:3]) != (batch, heads, length):
+        raise ValueError(
+            f"rope queries have shape {tuple(rope.queries.shape)}: give [{batch}, {heads}, {length}, rope_dim]"
+        )
+    expected = (batch, 1, count, rope.queries.shape[-1])
+    if tuple(rope.keys.shape) != expected:
+        raise ValueError(f"rope keys have shape {tuple(rope.keys.shape)}: give {expected}")

@@ -1,0 +1,202 @@
+"""QuantizedTensor: a quantized tensor that is an array.
+
+``mlx.core.array`` can be subclassed. An instance made from a lazy dequantize node is taken by every MLX op, which then
+sees the dequantized values, and decays to a plain array under any op; the node is never evaluated unless something
+uses it. Kernels take the packed parts instead.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+
+from qsdpa_patch.kernels.format import Format
+
+__all__ = ["QuantizedTensor", "dequantize_parts", "quantize", "quantize_parts"]
+
+_SCALE_DTYPES = (mx.float16, mx.bfloat16, mx.float32)
+
+
+class QuantizedTensor(mx.array):
+    """A quantized tensor ``[..., N, dim]`` that any MLX op reads as its dequantized values.
+
+    Args:
+        codes: ``[..., N, format.words(padded_dim)]`` uint32, where ``padded_dim`` is ``dim`` rounded up to 32.
+        scales: ``[..., N, format.groups(padded_dim)]``; float16, bfloat16 or float32 for affine formats, uint8
+            otherwise.
+        biases: like ``scales`` for affine formats that are not symmetric, else ``None``.
+        format: how the rows are packed.
+        dim: logical row length; by default what ``codes`` holds.
+        dtype: of the dequantized values. By default that of ``scales``, or bfloat16 for floating-point formats.
+
+    The parts may be slices of larger buffers. Build one with :func:`quantize`, or from the parts of
+    :func:`mlx.core.quantize`.
+
+    Raises:
+        ValueError, TypeError: when a part's shape or dtype does not fit ``format``.
+    """
+
+    codes: mx.array
+    scales: mx.array
+    biases: mx.array | None
+    format: Format
+    dim: int
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> QuantizedTensor:
+        return mx.array.__new__(cls)
+
+    def __init__(
+        self,
+        codes: mx.array,
+        scales: mx.array,
+        biases: mx.array | None,
+        format: Format,
+        *,
+        dim: int | None = None,
+        dtype: mx.Dtype | None = None,
+    ) -> None:
+        padded = codes.shape[-1] * 32 // format.bits
+        dim = padded if dim is None else dim
+        _check_parts(codes, scales, biases, format, padded, dim)
+        values = dequantize_parts(codes, scales, biases, format, dtype)
+        super().__init__(values if dim == padded else values[..., :dim])
+        self.codes = codes
+        self.scales = scales
+        self.biases = biases
+        self.format = format
+        self.dim = dim
+
+    @property
+    def padded_dim(self) -> int:
+        """Stored row length: ``dim`` rounded up to a multiple of 32."""
+        return self.codes.shape[-1] * 32 // self.format.bits
+
+    @property
+    def parts(self) -> tuple[mx.array, ...]:
+        """Codes, scales and, where the format has them, biases."""
+        return (self.codes, self.scales) if self.biases is None else (self.codes, self.scales, self.biases)
+
+    @property
+    def packed_nbytes(self) -> int:
+        """Bytes of the packed parts (``nbytes`` is that of the dequantized values)."""
+        return sum(p.nbytes for p in self.parts)
+
+    def dequantize(self, dtype: mx.Dtype | None = None, *, padded: bool = False) -> mx.array:
+        """The values as a plain array ``[..., N, dim]``, computed in ``dtype`` (by default the tensor's own).
+
+        With ``padded``, rows keep their stored length ``padded_dim``.
+        """
+        dtype = self.dtype if dtype is None else dtype
+        scales, biases = self.scales, self.biases
+        if self.format.is_affine and dtype != scales.dtype:
+            scales = scales.astype(dtype)
+            biases = None if biases is None else biases.astype(dtype)
+        values = dequantize_parts(self.codes, scales, biases, self.format, dtype)
+        return values if padded or self.dim == self.padded_dim else values[..., : self.dim]
+
+    def __repr__(self) -> str:
+        return f"QuantizedTensor(shape={tuple(self.shape)}, format='{self.format}', dtype={self.dtype})"
+
+
+def _check_parts(
+    codes: mx.array, scales: mx.array, biases: mx.array | None, format: Format, padded: int, dim: int
+) -> None:
+    """Raise unless the parts are those of a tensor in ``format`` with rows of ``dim`` numbers."""
+    if codes.dtype != mx.uint32:
+        raise TypeError(f"codes are {codes.dtype}: packed codes are uint32")
+    if format.words(padded) != codes.shape[-1] or padded % format.group_size:
+        raise ValueError(f"codes with {codes.shape[-1]} words a row hold no whole number of groups of {format}")
+    if not padded - 32 < dim <= padded:
+        raise ValueError(f"dim={dim} does not fit codes that hold rows of {padded} numbers")
+    expected = (*codes.shape[:-1], format.groups(padded))
+    if tuple(scales.shape) != expected:
+        raise ValueError(f"scales have shape {tuple(scales.shape)}: {format} with these codes takes {expected}")
+    if format.is_affine and scales.dtype not in _SCALE_DTYPES:
+        raise TypeError(f"scales are {scales.dtype}: affine formats take float16, bfloat16 or float32")
+    if not format.is_affine and scales.dtype != mx.uint8:
+        raise TypeError(f"scales are {scales.dtype}: {format} takes uint8")
+    if format.has_biases != (biases is not None):
+        raise ValueError(
+            f"biases are {'missing' if biases is None else 'given'}: {format} stores "
+            f"{'one' if format.has_biases else 'none'} for each group"
+        )
+    if biases is not None and (biases.shape != scales.shape or biases.dtype != scales.dtype):
+        raise ValueError(
+            f"biases {tuple(biases.shape)} {biases.dtype} differ from scales {tuple(scales.shape)} {scales.dtype}"
+        )
+
+
+def dequantize_parts(
+    codes: mx.array,
+    scales: mx.array,
+    biases: mx.array | None,
+    format: Format,
+    dtype: mx.Dtype | None = None,
+) -> mx.array:
+    """The (padded) values of packed rows, as a lazy array. See :class:`QuantizedTensor` for the arguments."""
+    if format.symmetric:
+        biases = scales * -(2 ** (format.bits - 1))
+    return mx.dequantize(
+        codes, scales, biases, group_size=format.group_size, bits=format.bits, mode=format.mode, dtype=dtype
+    )
+
+
+def quantize_parts(x: mx.array, format: Format) -> tuple[mx.array, ...]:
+    """Codes, scales and, where ``format`` has them, biases of ``x``.
+
+    ``x`` is ``[..., N, dim]``. Rows that ``format`` does not divide must have been fitted (:meth:`Format.fit`): here a
+    row is only padded, to the next multiple of 32, with its last value, so that the range of its last group stays.
+    """
+    dim = x.shape[-1]
+    padded = format.fit(dim)[1]
+    if padded != dim:
+        x = mx.concatenate([x, mx.broadcast_to(x[..., -1:], (*x.shape[:-1], padded - dim))], axis=-1)
+    if format.symmetric:
+        return _quantize_symmetric(x, format)
+    return tuple(mx.quantize(x, group_size=format.group_size, bits=format.bits, mode=format.mode))
+
+
+def quantize(x: mx.array, format: Format | str) -> QuantizedTensor:
+    """Quantize the rows of ``x``.
+
+    Args:
+        x: ``[..., N, dim]`` float16, bfloat16 or float32, with two dimensions or more.
+        format: a :class:`Format`, or the name of a floating-point one. A ``dim`` that it does not divide takes the
+            largest group size that fits, with rows padded to the next multiple of 32 (:meth:`Format.fit`).
+
+    Returns:
+        A :class:`QuantizedTensor` that reads as an array of ``x``'s shape and dtype.
+
+    Raises:
+        TypeError, ValueError: for another dtype, too few dimensions, or a format that MLX does not have.
+    """
+    if not isinstance(x, mx.array) or x.dtype not in _SCALE_DTYPES:
+        given = x.dtype if isinstance(x, mx.array) else type(x).__name__
+        raise TypeError(f"x is {given}: quantize takes an array of float16, bfloat16 or float32")
+    if x.ndim < 2:
+        raise ValueError(f"x has shape {tuple(x.shape)}: quantize takes two dimensions or more")
+    if isinstance(format, str):
+        format = Format.named(format)
+    elif not isinstance(format, Format):
+        raise TypeError(f"format is {type(format).__name__}: give a Format, or one of 'mxfp4', 'mxfp8', 'nvfp4'")
+    fitted, _ = format.fit(x.shape[-1])
+    codes, scales, *biases = quantize_parts(x, fitted)
+    return QuantizedTensor(codes, scales, biases[0] if biases else None, fitted, dim=x.shape[-1], dtype=x.dtype)
+
+
+def _quantize_symmetric(x: mx.array, format: Format) -> tuple[mx.array, mx.array]:
+    """Codes and scales of the symmetric affine format: the largest magnitude of a group maps to the largest code."""
+    half = 2 ** (format.bits - 1)
+    groups = x.reshape(*x.shape[:-1], -1, format.group_size).astype(mx.float32)
+    scales = (mx.abs(groups).max(axis=-1, keepdims=True) / (half - 1 if half > 1 else 1)).astype(x.dtype)
+    step = mx.where(scales == 0, 1, scales).astype(mx.float32)
+    codes = mx.clip(mx.round(groups / step) + half, 0, 2 * half - 1).astype(mx.uint32)
+    return _pack(codes.reshape(x.shape), format.bits), scales.squeeze(-1)
+
+
+def _pack(codes: mx.array, bits: int) -> mx.array:
+    """Pack ``[..., dim]`` uint32 codes of ``bits`` bits into a little-endian bit stream of uint32 words."""
+    stream = (codes[..., None] >> mx.arange(bits, dtype=mx.uint32)) & 1
+    stream = stream.reshape(*codes.shape[:-1], -1, 32)
+    return (stream << mx.arange(32, dtype=mx.uint32)).sum(axis=-1)

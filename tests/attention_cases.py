@@ -1,0 +1,189 @@
+"""Random attention calls, shared by the tests of every kernel backend.
+
+A case is data, made from a seed: shapes, formats, dtypes, the kind of mask. :func:`build` makes its arrays (keys and
+values are slices of larger buffers, as a cache hands them out) and :func:`expected` the float32 reference.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, replace
+
+import mlx.core as mx
+
+from qsdpa_patch.kernels import reference
+from qsdpa_patch.kernels.attention_call import AttentionCall, RopeTerm, check_call
+from qsdpa_patch.kernels.format import AFFINE_BITS, AFFINE_GROUP_SIZES, FLOAT_FORMATS, Format
+from qsdpa_patch.kernels.quantized_tensor import QuantizedTensor, quantize
+
+TOLERANCES = {mx.float16: 2e-3, mx.bfloat16: 1e-2, mx.float32: 1e-5}
+"""Largest error over largest magnitude, by dtype of the queries."""
+
+MASKS = ("none", "causal", "bool", "additive", "padding", "fully-masked-row")
+FORMATS = (
+    *(Format.affine(bits, group) for bits in AFFINE_BITS for group in AFFINE_GROUP_SIZES),
+    *(Format.affine(bits, 64, symmetric=True) for bits in (4, 8)),
+    *(Format.named(name) for name in FLOAT_FORMATS),
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One random call. ``capacity`` is the length of the buffers that keys and values are slices of."""
+
+    seed: int
+    batch: int = 1
+    kv_heads: int = 2
+    group: int = 1
+    length: int = 1
+    count: int = 100
+    capacity: int = 100
+    key_dim: int = 64
+    value_dim: int = 64
+    dtype: mx.Dtype = mx.float32
+    key_format: Format = Format()  # noqa: RUF009 - frozen
+    value_format: Format = Format()  # noqa: RUF009 - frozen
+    mask: str = "none"
+    sinks: bool = False
+    rope_dim: int = 0
+    outliers: bool = False
+
+    @property
+    def is_mla(self) -> bool:
+        return self.rope_dim > 0
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).rpartition(".")[2]
+        return (
+            f"seed={self.seed} B{self.batch} Hkv{self.kv_heads} G{self.group} L{self.length} N{self.count} "
+            f"D{self.key_dim} Dv{self.value_dim} {dtype} K:{self.key_format} V:{self.value_format} mask={self.mask}"
+            f"{' sinks' if self.sinks else ''}{f' rope{self.rope_dim}' if self.rope_dim else ''}"
+            f"{' outliers' if self.outliers else ''}"
+        )
+
+
+def random_case(seed: int, *, max_count: int = 700, max_length: int = 16) -> Case:
+    """A case of ordinary attention, drawn from everything the fused kernels take."""
+    rng = random.Random(seed)
+    key_dim = rng.choice((64, 128, rng.choice((96, 192, 256, 512)), 32 * rng.randint(1, 16)))
+    value_dim = key_dim if rng.random() < 0.7 else rng.choice((64, 128, 32 * rng.randint(1, 16)))
+    length = rng.choice((1, 1, 1, rng.randint(1, max_length)))
+    count = rng.choice((rng.randint(1, 40), rng.randint(1, max_count), rng.choice((64, 128, 256, 257))))
+    count = max(count, length)
+    key_format = rng.choice(FORMATS).fit(key_dim)[0]
+    value_format = (key_format if rng.random() < 0.5 else rng.choice(FORMATS)).fit(value_dim)[0]
+    return Case(
+        seed=seed,
+        batch=rng.choice((1, 1, 2, 3)),
+        kv_heads=rng.choice((1, 2, 3)),
+        group=rng.choice((1, 2, 3, 4, 5, 7, 8, 16)),
+        length=length,
+        count=count,
+        capacity=count + rng.choice((0, 1, 29, 156)),
+        key_dim=key_dim,
+        value_dim=value_dim,
+        dtype=rng.choice((mx.float16, mx.bfloat16, mx.float32)),
+        key_format=key_format,
+        value_format=value_format,
+        mask=rng.choice(MASKS),
+        sinks=rng.random() < 0.25,
+        outliers=rng.random() < 0.25,
+    )
+
+
+def random_mla_case(seed: int, *, max_count: int = 400) -> Case:
+    """A case of absorbed MLA decode: one latent that is both keys and values, and a rope term."""
+    rng = random.Random(seed)
+    latent = rng.choice((256, 512))
+    count = rng.randint(1, max_count)
+    key_format = rng.choice([f for f in FORMATS if f.bits in (4, 8)]).fit(latent)[0]
+    return Case(
+        seed=seed,
+        batch=rng.choice((1, 2, 3)),
+        kv_heads=1,
+        group=rng.choice((16, 20, 32, 64, 128)),
+        length=1,
+        count=count,
+        capacity=count + rng.choice((0, 5, 156)),
+        key_dim=latent,
+        value_dim=latent,
+        dtype=rng.choice((mx.float16, mx.bfloat16, mx.float32)),
+        key_format=key_format,
+        value_format=key_format,
+        mask=rng.choice(("none", "bool", "padding", "additive")),
+        rope_dim=64,
+    )
+
+
+def build(case: Case) -> AttentionCall:
+    """The arrays of ``case``, evaluated."""
+    mx.random.seed(case.seed)
+    heads = case.kv_heads * case.group
+    queries = mx.random.normal((case.batch, heads, case.length, case.key_dim)).astype(case.dtype)
+    keys = _quantized_slice(case, case.key_dim, case.key_format)
+    values = keys if case.is_mla else _quantized_slice(case, case.value_dim, case.value_format)
+    rope = None
+    if case.is_mla:
+        rope_queries = 0.1 * mx.random.normal((case.batch, heads, case.length, case.rope_dim))
+        rope_keys = mx.random.normal((case.batch, 1, case.capacity, case.rope_dim))
+        rope = RopeTerm(rope_queries.astype(case.dtype), rope_keys.astype(case.dtype)[:, :, : case.count])
+        mx.eval(rope.queries, rope.keys)
+    sinks = mx.random.normal((heads,)).astype(case.dtype) if case.sinks else None
+    mask = _mask(case)
+    scale = case.key_dim**-0.5
+    mx.eval([x for x in (queries, sinks, mask) if isinstance(x, mx.array)], *keys.parts, *values.parts)
+    return check_call(queries, keys, values, scale=scale, mask=mask, sinks=sinks, rope=rope)
+
+
+def expected(call: AttentionCall) -> mx.array:
+    """Float32 attention over the dequantized values, on the CPU, in float32."""
+    with mx.stream(mx.cpu):
+        queries = call.queries.astype(mx.float32)
+        exact = replace(call, queries=queries, signature=call.signature._replace(dtype=mx.float32))
+        out = reference.attend(exact)
+        mx.eval(out)
+    return out
+
+
+def relative_error(actual: mx.array, wanted: mx.array) -> float:
+    """Largest error over largest magnitude; infinite where ``actual`` is not finite or has another shape."""
+    if actual.shape != wanted.shape:
+        return float("inf")
+    with mx.stream(mx.cpu):
+        error = mx.abs(actual.astype(mx.float32) - wanted)
+        if not mx.isfinite(error).all().item():
+            return float("inf")
+        peak, worst = float(mx.abs(wanted).max()), float(error.max())
+        return worst / peak if peak else worst
+
+
+def _quantized_slice(case: Case, dim: int, format: Format) -> QuantizedTensor:
+    """Random rows, quantized, as the first ``count`` positions of buffers of ``capacity`` (the rest is garbage)."""
+    x = mx.random.normal((case.batch, case.kv_heads, case.capacity, dim))
+    if case.outliers:
+        x[..., dim // 3] *= 50
+    whole = quantize(x.astype(case.dtype), format)
+    mx.eval(whole.parts)
+    codes, scales, *biases = (part[:, :, : case.count] for part in whole.parts)
+    return QuantizedTensor(codes, scales, biases[0] if biases else None, whole.format, dim=dim, dtype=case.dtype)
+
+
+def _mask(case: Case) -> mx.array | str | None:
+    """A mask of the case's kind, of a random one of the shapes that broadcast."""
+    rng = random.Random(case.seed + 1)
+    if case.mask in ("none", "causal"):
+        return None if case.mask == "none" else "causal"
+    heads = case.kv_heads * case.group
+    full = (case.batch, heads, case.length, case.count)
+    if case.mask == "padding":  # left padding, another for each sequence, and causal
+        padding = mx.array([rng.randint(0, case.count - 1) for _ in range(case.batch)])
+        positions = mx.arange(case.count)
+        return reference.causal_mask(case.length, case.count) & (positions >= padding[:, None, None, None])
+    shape = [1 if rng.random() < 0.4 else n for n in full[:3]] + [case.count]
+    shape = shape[rng.choice([i for i in range(3) if all(n == 1 for n in shape[:i])]) :]
+    keep = mx.random.bernoulli(0.7, shape)
+    if case.mask == "additive":
+        return mx.where(keep, mx.random.normal(shape), -mx.inf).astype(case.dtype)
+    if case.mask == "fully-masked-row":
+        keep = mx.broadcast_to(keep, full) & (mx.arange(heads)[:, None, None] != rng.randrange(heads))
+    return keep
