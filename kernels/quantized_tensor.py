@@ -7,6 +7,7 @@ uses it. Kernels take the packed parts instead.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -81,6 +82,13 @@ class QuantizedTensor(mx.array):
     def packed_nbytes(self) -> int:
         """Bytes of the packed parts (``nbytes`` is that of the dequantized values)."""
         return sum(p.nbytes for p in self.parts)
+
+    def map_parts(self, function: Callable[[mx.array], mx.array]) -> QuantizedTensor:
+        """The tensor whose parts are ``function`` of this one's: a slice along any axis but the last, say."""
+        codes, scales, *biases = map(function, self.parts)
+        return QuantizedTensor(
+            codes, scales, biases[0] if biases else None, self.format, dim=self.dim, dtype=self.dtype
+        )
 
     def dequantize(self, dtype: mx.Dtype | None = None, *, padded: bool = False) -> mx.array:
         """The values as a plain array ``[..., N, dim]``, computed in ``dtype`` (by default the tensor's own).
