@@ -1,0 +1,37 @@
+"""DeepSeek v3 and the models that follow its absorbed MLA: one latent per token serves as keys and values.
+
+DeepSeek v3.2 and its kin also have an indexer, whose cache picks the tokens to attend to: it is read whole at every
+step by the model's own code, so it stays as it is.
+"""
+
+from qsdpa_patch.adapter import Adapter, Layer, LayerPlan
+
+_LATENT = (
+    "deepseek_v3",
+    "deepseek_v32",
+    "glm_moe_dsa",
+    "glm4_moe_lite",
+    "kimi_k25",
+    "kimi_k3",
+    "kimi_linear",
+    "kimi_vl",
+    "longcat_flash",
+    "longcat_flash_ngram",
+    "bailing_hybrid",
+    "bailing_moe_v3",
+)
+_INDEXED = ("deepseek_v32", "glm_moe_dsa")
+
+
+def _plan_layer(layer: Layer) -> LayerPlan:
+    if layer.model_type in _INDEXED and layer.part == 1:
+        return LayerPlan(keep="the indexer's keys are read by the model's own code")
+    return LayerPlan(latent=layer.model_type in _LATENT)
+
+
+ADAPTER = Adapter(
+    name="deepseek",
+    model_types=(*_LATENT, "deepseek", "deepseek_v2"),
+    latent=_LATENT,
+    plan_layer=_plan_layer,
+)

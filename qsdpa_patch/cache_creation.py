@@ -1,0 +1,132 @@
+"""Where mlx-lm makes, converts and loads caches: the replacements that give quantized ones of ours.
+
+Each ``make_*`` takes the original and returns what takes its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from mlx_lm.models import cache as mlx_lm_cache
+
+from qsdpa_patch import caches
+from qsdpa_patch.adapter import Layer, LayerPlan
+from qsdpa_patch.adapter_registry import adapter_for
+from qsdpa_patch.dispatcher import router
+from qsdpa_patch.layer_tags import LayerTag, kind_of, set_tag, tag_caches, tag_of
+from qsdpa_patch.report import recorder
+
+__all__ = ["make_maybe_quantize_kv_cache", "make_prompt_cache_maker", "make_to_quantized", "quantize_cache"]
+
+_CONVERTIBLE = (
+    mlx_lm_cache.KVCache,
+    mlx_lm_cache.RotatingKVCache,
+    mlx_lm_cache.ChunkedKVCache,
+    mlx_lm_cache.CacheList,
+)
+_UNTAGGED = "(unknown)"
+
+
+def make_prompt_cache_maker(original: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+    """A replacement for ``make_prompt_cache`` that tags each cache with its model and layer."""
+
+    def make_prompt_cache(model: Any, max_kv_size: int | None = None) -> list[Any]:
+        made = original(model, max_kv_size)
+        tag_caches(model, made)
+        return made
+
+    return make_prompt_cache
+
+
+def make_maybe_quantize_kv_cache(original: Callable[..., None]) -> Callable[..., None]:
+    """A replacement for ``maybe_quantize_kv_cache`` that knows every kind of cache."""
+
+    def maybe_quantize_kv_cache(
+        prompt_cache: list[Any], quantized_kv_start: int, kv_group_size: int, kv_bits: int | None
+    ) -> None:
+        if kv_bits is None:
+            return
+        for index, cache in enumerate(prompt_cache):
+            if type(cache) in _CONVERTIBLE and _position(cache) >= quantized_kv_start:
+                prompt_cache[index] = quantize_cache(cache, kv_bits, kv_group_size, index)
+
+    return maybe_quantize_kv_cache
+
+
+def make_to_quantized(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A replacement for the method ``to_quantized`` of a cache class."""
+
+    def to_quantized(self: Any, group_size: int = 64, bits: int = 4) -> Any:
+        tag = tag_of(self)
+        if tag is not None and not _covered(tag):
+            return original(self, group_size=group_size, bits=bits)
+        return quantize_cache(self, bits, group_size, tag.index if tag else 0)
+
+    return to_quantized
+
+
+def quantize_cache(cache: Any, bits: int, group_size: int, index: int = 0, part: int = 0) -> Any:
+    """The quantized twin of ``cache`` in the formats that the settings and mlx-lm's arguments say.
+
+    Args:
+        cache: a cache of mlx-lm's. One that its adapter keeps, or of a kind that holds no keys and values, is
+            returned as it is.
+        bits, group_size: what mlx-lm was asked for; ``key_bits`` and ``value_bits`` of ``enable`` take precedence.
+        index: the layer's position, where the cache has no tag.
+        part: position within a ``CacheList``.
+    """
+    tag = tag_of(cache)
+    if tag is not None and not _covered(tag):
+        return cache
+    if hasattr(cache, "caches"):
+        members = (quantize_cache(inner, bits, group_size, index, i) for i, inner in enumerate(cache.caches))
+        cache.caches = tuple(members)
+        return cache
+    if type(cache) not in _CONVERTIBLE:
+        return cache
+    plan = _plan(cache, tag, index, part)
+    model_type, kind = (tag.model_type, tag.kind) if tag else (_UNTAGGED, kind_of(cache))
+    if plan.keep:
+        recorder.note(model_type, kind, f"kept unquantized: {plan.keep}")
+        return cache
+    key_format, value_format = router.settings.formats(bits, group_size)
+    quantized = caches.quantized(cache, key_format, value_format, latent=plan.latent)
+    kind = "latent" if plan.latent else kind
+    set_tag(quantized, LayerTag(model_type, tag.declared if tag else "", index, kind))
+    _note_own_attention(model_type, kind)
+    return quantized
+
+
+def _plan(cache: Any, tag: LayerTag | None, index: int, part: int) -> LayerPlan:
+    if tag is None:
+        return LayerPlan(latent=_looks_latent(cache))
+    return adapter_for(tag.model_type).plan(Layer(tag.model_type, index, part, cache))
+
+
+def _looks_latent(cache: Any) -> bool:
+    """Whether a cache of unknown origin holds an MLA latent: one head, and rope keys much narrower than the latent."""
+    keys, values = cache.keys, cache.values
+    return bool(
+        keys is not None and keys.ndim == 4 and keys.shape[1] == 1
+        and keys.shape[-1] >= 256 and 0 < values.shape[-1] * 4 <= keys.shape[-1]
+    )  # fmt: skip
+
+
+def _note_own_attention(model_type: str, kind: str) -> None:
+    reason = adapter_for(model_type).own_attention.get(model_type)
+    if reason:
+        recorder.note(model_type, kind, f"quantized, and read as a dequantized array: {reason}")
+
+
+def _position(cache: Any) -> int:
+    """Tokens that ``cache`` has seen; of a list, the most that a member has."""
+    if hasattr(cache, "caches"):
+        return max(map(_position, cache.caches), default=0)
+    offset = getattr(cache, "offset", 0)
+    return offset if isinstance(offset, int) else int(offset.max().item())
+
+
+def _covered(tag: LayerTag) -> bool:
+    covers = router.settings.covers
+    return covers(tag.model_type) or covers(tag.declared)

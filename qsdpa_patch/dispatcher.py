@@ -1,0 +1,135 @@
+"""The function that takes the place of mlx-lm's ``scaled_dot_product_attention``: first stop of every attention call.
+
+Plain keys and values go straight on to the original. Quantized ones become an
+:class:`~qsdpa_patch.kernels.attention_call.AttentionCall` and go to the :class:`~qsdpa_patch.routes.Router`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+
+from qsdpa_patch.kernels.attention_call import RopeTerm, check_call
+from qsdpa_patch.kernels.format import Format
+from qsdpa_patch.kernels.quantized_tensor import QuantizedTensor
+from qsdpa_patch.latent_rope import RopeScores
+from qsdpa_patch.layer_tags import tag_of
+from qsdpa_patch.report import recorder
+from qsdpa_patch.routes import Caller, Router
+
+__all__ = ["make_dispatcher", "quantized_scaled_dot_product_attention", "router"]
+
+router = Router()
+"""The router of the process; its settings are those of ``enable``."""
+
+
+def make_dispatcher(original: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    """A replacement for ``original``, mlx-lm's ``scaled_dot_product_attention``.
+
+    It is a plain function with named parameters, because it is called for every layer and token.
+    """
+    array = mx.array
+    quantized_types = (QuantizedTensor, tuple, list)
+    stock_calls = recorder.stock_calls
+    frame = sys._getframe
+
+    def scaled_dot_product_attention(
+        queries: mx.array,
+        keys: Any,
+        values: Any,
+        cache: Any,
+        scale: float,
+        mask: mx.array | str | None,
+        sinks: mx.array | None = None,
+    ) -> mx.array:
+        if type(keys) is array and type(values) is array:
+            module = frame(1).f_globals["__name__"]
+            stock_calls[module] = stock_calls.get(module, 0) + 1
+            if hasattr(cache, "bits"):  # plain arrays all the same: the original would take them for quantized ones
+                cache = None
+            return original(queries, keys, values, cache, scale, mask, sinks)
+        if not isinstance(keys, quantized_types) and not isinstance(values, quantized_types):
+            return original(queries, keys, values, cache, scale, mask, sinks)
+        caller = _caller(cache, frame(1).f_globals["__name__"])
+        if isinstance(keys, (tuple, list)) and _is_foreign(cache, caller):
+            return original(queries, keys, values, cache, scale, mask, sinks)
+        keys, values = _as_tensors(queries, keys, values, cache)
+        if type(keys) is not QuantizedTensor or type(values) is not QuantizedTensor:
+            return original(queries, keys, values, None, scale, mask, sinks)  # one side is plain: both are arrays
+        rope = None
+        if type(mask) is RopeScores:
+            rope, mask = RopeTerm(mask.queries, mask.keys), None
+        call = check_call(queries, keys, values, scale=scale, mask=mask, sinks=sinks, rope=rope)
+        return router.attend(call, caller)
+
+    return scaled_dot_product_attention
+
+
+def quantized_scaled_dot_product_attention(
+    queries: mx.array,
+    keys: QuantizedTensor,
+    values: QuantizedTensor,
+    *,
+    scale: float,
+    mask: mx.array | str | None = None,
+    sinks: mx.array | None = None,
+) -> mx.array:
+    """``softmax(scale * queries @ keys^T + mask) @ values`` over quantized keys and values.
+
+    Args:
+        queries: ``[B, Hq, L, D]`` float16, bfloat16 or float32. Not modified.
+        keys: ``[B, Hkv, N, D]``, see :func:`quantize`. ``Hq`` is a multiple of ``Hkv``.
+        values: ``[B, Hkv, N, Dv]``, possibly in another format.
+        scale: multiplies the scores.
+        mask: ``None``, ``"causal"`` (the last query sees all keys, each earlier one a key fewer), or an array that
+            broadcasts to ``[B, Hq, L, N]``: boolean (true: attend) or floating (added to the scores).
+        sinks: ``[Hq]`` logits that enter the softmax's denominator (as in gpt-oss).
+
+    Returns:
+        ``[B, Hq, L, Dv]`` in the dtype of ``queries``. A row with no key left is zero. It takes the routes that
+        ``enable`` chose, or the default ones; :func:`report` counts it.
+
+    Raises:
+        TypeError, ValueError: for arguments that do not go together.
+        FallbackError: with ``strict``, when no fused kernel takes the call.
+    """
+    call = check_call(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
+    return router.attend(call, Caller())
+
+
+def _caller(cache: Any, module: str) -> Caller:
+    tag = tag_of(cache)
+    if tag is not None:
+        return Caller(tag.model_type, tag.kind)
+    kind = "shared" if cache is None else type(cache).__name__
+    return Caller(module.removeprefix("mlx_lm.models."), kind)
+
+
+def _is_foreign(cache: Any, caller: Caller) -> bool:
+    """Whether ``models`` leaves this call to mlx-lm."""
+    covers = router.settings.covers
+    tag = tag_of(cache)
+    return not covers(caller.model_type) and (tag is None or not covers(tag.declared))
+
+
+def _as_tensors(queries: mx.array, keys: Any, values: Any, cache: Any) -> tuple[Any, Any]:
+    """Keys and values with the tuples of mlx-lm's own quantized cache turned into tensors.
+
+    Without a cache to say so (layers that share another's keys and values), bits follow from the queries' row length;
+    mlx-lm quantizes values as it does keys.
+    """
+    packed = keys if isinstance(keys, (tuple, list)) else values if isinstance(values, (tuple, list)) else None
+    if packed is None:
+        return keys, values
+    bits = getattr(cache, "bits", None) or packed[0].shape[-1] * 32 // queries.shape[-1]
+    tensors = (_from_parts(x, bits) if isinstance(x, (tuple, list)) else x for x in (keys, values))
+    return next(tensors), next(tensors)
+
+
+def _from_parts(parts: Any, bits: int) -> QuantizedTensor:
+    """The tensor of stock's ``(codes, scales, biases)``."""
+    codes, scales, biases = parts
+    return QuantizedTensor(codes, scales, biases, Format.affine(bits, codes.shape[-1] * 32 // bits // scales.shape[-1]))

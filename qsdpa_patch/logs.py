@@ -1,0 +1,30 @@
+"""The package's logger."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+__all__ = ["configure_from_environment", "logger"]
+
+logger = logging.getLogger("qsdpa_patch")
+
+
+def configure_from_environment() -> None:
+    """Set the logger's level by ``QSDPA_LOG`` (off, error, warning, info, debug); unset, it is left alone.
+
+    Raises:
+        ValueError: for another value.
+    """
+    from qsdpa_patch.settings import LOG_LEVELS
+
+    text = os.environ.get("QSDPA_LOG", "").strip().lower()
+    if not text:
+        return
+    if text not in LOG_LEVELS:
+        raise ValueError(f"QSDPA_LOG={text!r} is unknown: use one of {', '.join(LOG_LEVELS)}")
+    logger.setLevel(logging.CRITICAL + 1 if text == "off" else text.upper())
+    if not logger.handlers and not logging.getLogger().handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("qsdpa_patch: %(message)s"))
+        logger.addHandler(handler)

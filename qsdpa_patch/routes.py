@@ -1,0 +1,128 @@
+"""The route of each attention call over quantized keys and values: ``fused``, ``prefill`` or ``ops``.
+
+The first that takes the call serves it, and the reason why an earlier one did not is counted with it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+
+from qsdpa_patch.errors import FallbackError
+from qsdpa_patch.kernels import dequantized_sdpa, tiled_attention
+from qsdpa_patch.kernels.attention_call import AttentionCall, Signature
+from qsdpa_patch.kernels.backends import Declined, default_backend_name, load_backend
+from qsdpa_patch.logs import logger
+from qsdpa_patch.report import recorder
+from qsdpa_patch.settings import DEFAULT_SETTINGS, Settings
+
+__all__ = ["MAX_FUSED_QUERY_LENGTH", "Caller", "Router"]
+
+MAX_FUSED_QUERY_LENGTH = 16
+"""Query rows up to which the GPU kernels for decoding serve. More go to ``prefill``, unless a backend takes them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who made a call, for the report."""
+
+    model_type: str = "(direct)"
+    layer_kind: str = "any"
+
+
+@dataclass
+class Router:
+    """Chooses routes under ``settings``, and remembers which fused kernels failed."""
+
+    settings: Settings = DEFAULT_SETTINGS
+    _decisions: dict[tuple[Signature, str], tuple[bool, str]] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def update(self, settings: Settings) -> None:
+        """Go by other settings from now on."""
+        self.settings = settings
+
+    def attend(self, call: AttentionCall, caller: Caller) -> mx.array:
+        """Attention ``[B, Hq, L, Dv]`` of ``call``, by the first route that takes it."""
+        fused, reason = self.has_fused_kernel(call.signature)
+        if fused:
+            out, reason = self._try_fused(call)
+            if out is not None:
+                _record(caller, "fused", "", call)
+                return _cut(call, out)
+        route, attend = self._fallback(call, reason)
+        _record(caller, route, reason, call)
+        return _cut(call, attend(call, self.settings.memory_budget))
+
+    def has_fused_kernel(self, signature: Signature) -> tuple[bool, str]:
+        """Whether the chosen backend takes calls of ``signature``, and if not, why."""
+        if self.settings.kernels == "ops":
+            return False, "kernels='ops' turns fused kernels off"
+        name = self.settings.kernels if self.settings.kernels != "auto" else default_backend_name()
+        decision = self._decisions.get((signature, name))
+        if decision is None:
+            decision = _ask_backend(name, signature)
+            with self._lock:
+                self._decisions[signature, name] = decision
+        return decision
+
+    def route(self, call: AttentionCall) -> tuple[str, str]:
+        """The route that ``call`` would take, and why not a better one; for ``doctor`` and tests."""
+        fused, reason = self.has_fused_kernel(call.signature)
+        return ("fused", "") if fused else (self._fallback(call, reason)[0], reason)
+
+    def _try_fused(self, call: AttentionCall) -> tuple[mx.array | None, str]:
+        """The backend's result, or ``None`` and the reason; a kernel that fails is not tried again."""
+        name = self.settings.kernels if self.settings.kernels != "auto" else default_backend_name()
+        try:
+            return load_backend(name).attend(call), ""
+        except Declined as declined:
+            return None, str(declined)
+        except Exception as error:  # whatever a kernel does, generation goes on
+            reason = f"the {name} kernel failed: {error}"
+            logger.warning("%s\nThis configuration goes to plain ops from now on: %s", reason, call.signature)
+            with self._lock:
+                self._decisions[call.signature, name] = (False, reason)
+            return None, reason
+
+    def _fallback(self, call: AttentionCall, reason: str) -> tuple[str, Callable[[AttentionCall, int], mx.array]]:
+        """The route of a call that no fused kernel takes, and its function."""
+        many_rows = call.signature.query_length > MAX_FUSED_QUERY_LENGTH
+        if self.settings.strict and not many_rows:
+            raise FallbackError(f"no fused kernel takes this call: {reason} ({_describe(call)})")
+        if call.rope is None and many_rows and dequantized_sdpa.has_fused_sdpa(call.signature)[0]:
+            return "prefill", dequantized_sdpa.attend
+        return ("prefill" if many_rows else "ops"), tiled_attention.attend
+
+
+def _ask_backend(name: str, signature: Signature) -> tuple[bool, str]:
+    try:
+        backend = load_backend(name)
+        available, reason = backend.is_available()
+        return backend.has_fused_kernel(signature) if available else (False, reason)
+    except Exception as error:  # a broken backend must not stop generation
+        logger.warning("the %s kernels cannot be used: %s", name, error)
+        return False, f"the {name} kernels cannot be used: {error}"
+
+
+def _cut(call: AttentionCall, out: mx.array) -> mx.array:
+    """Without the padding of the values' rows."""
+    return out if out.shape[-1] == call.output_dim else out[..., : call.output_dim]
+
+
+def _record(caller: Caller, route: str, reason: str, call: AttentionCall) -> None:
+    new = recorder.is_new(caller.model_type, caller.layer_kind, route, reason)
+    recorder.record(caller.model_type, caller.layer_kind, route, reason, _describe(call) if new else "")
+
+
+def _describe(call: AttentionCall) -> str:
+    sig = call.signature
+    formats = str(sig.key_format) if sig.key_format == sig.value_format else f"{sig.key_format}/{sig.value_format}"
+    mask = "" if sig.mask == "none" else f" mask {sig.mask}"
+    return (
+        f"q [{sig.batch}, {sig.query_heads}, {sig.query_length}, {sig.key_dim}] "
+        f"k [{sig.batch}, {sig.kv_heads}, {call.key_count}, {sig.key_dim}] {formats}{mask}"
+    )
