@@ -145,6 +145,9 @@ def dequantize_parts(
     """The (padded) values of packed rows, as a lazy array. See :class:`QuantizedTensor` for the arguments."""
     if format.symmetric:
         biases = scales * -(2 ** (format.bits - 1))
+    if codes.size == 0:  # which mx.dequantize does not take
+        dtype = dtype or (scales.dtype if format.is_affine else mx.bfloat16)
+        return mx.zeros((*codes.shape[:-1], codes.shape[-1] * 32 // format.bits), dtype)
     return mx.dequantize(
         codes, scales, biases, group_size=format.group_size, bits=format.bits, mode=format.mode, dtype=dtype
     )

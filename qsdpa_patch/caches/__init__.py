@@ -1,0 +1,19 @@
+"""Quantized KV caches: the quantized twins of mlx-lm's caches, and how to get from one to the other."""
+
+from qsdpa_patch.caches.base import SAVED_CLASSES, QuantizedCache
+from qsdpa_patch.caches.chunked import QuantizedChunkedKVCache
+from qsdpa_patch.caches.conversion import is_quantizable, quantized
+from qsdpa_patch.caches.latent import QuantizedLatentCache
+from qsdpa_patch.caches.quantized import QuantizedKVCache
+from qsdpa_patch.caches.rotating import QuantizedRotatingKVCache
+
+__all__ = [
+    "SAVED_CLASSES",
+    "QuantizedCache",
+    "QuantizedChunkedKVCache",
+    "QuantizedKVCache",
+    "QuantizedLatentCache",
+    "QuantizedRotatingKVCache",
+    "is_quantizable",
+    "quantized",
+]

@@ -1,0 +1,92 @@
+"""The quantized twin of mlx-lm's ``ChunkedKVCache``."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Self
+
+import mlx.core as mx
+from mlx_lm.models import cache as mlx_lm_cache
+
+from qsdpa_patch.caches.base import DEFAULT_FORMAT, QuantizedCache, saved
+from qsdpa_patch.caches.packed_rows import Rows, allocate, capacity, grow, next_capacity, select, write
+from qsdpa_patch.kernels.format import Format
+
+__all__ = ["QuantizedChunkedKVCache"]
+
+
+@saved
+class QuantizedChunkedKVCache(QuantizedCache):
+    """A cache of quantized keys and values for chunked attention (Llama 4). See :class:`QuantizedCache` for formats.
+
+    Behaves as :class:`mlx_lm.models.cache.ChunkedKVCache` does, but drops old rows without a copy: they stay in the
+    buffers until these are full.
+
+    Args:
+        chunk_size: how many rows :meth:`maybe_trim_front` leaves.
+    """
+
+    _counters: ClassVar[tuple[str, ...]] = ("offset", "chunk_size", "start_position", "_first")
+    offset: int
+
+    def __init__(
+        self,
+        chunk_size: int,
+        key_format: Format | str | None = DEFAULT_FORMAT,
+        value_format: Format | str | None = "same",
+    ) -> None:
+        super().__init__(key_format, value_format)
+        self.chunk_size = chunk_size
+        self.offset = 0
+        self.start_position = 0
+        self._first = 0  # where row start_position is in the buffers
+
+    is_trimmable = mlx_lm_cache.ChunkedKVCache.is_trimmable
+    trim = mlx_lm_cache.ChunkedKVCache.trim
+
+    def maybe_trim_front(self) -> None:
+        """Drop all but the last ``chunk_size`` rows."""
+        surplus = self.offset - self.start_position - self.chunk_size
+        if self.keys is not None and surplus > 0:
+            self.start_position += surplus
+            self._first += surplus
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Append ``keys [B, H, S, D]`` and ``values [B, H, S, Dv]``; the rows kept, as attention gets them."""
+        new_keys, new_values = self._encode(keys, values)
+        count = keys.shape[2]
+        self._make_room(count, new_keys, new_values)
+        buffers = self._buffers()
+        start = self._first + self.offset - self.start_position
+        write(buffers[0], start, start + count, new_keys)
+        write(buffers[1], start, start + count, new_values)
+        self.offset += count
+        return self.keys_and_values()
+
+    def keys_and_values(self) -> tuple[mx.array, mx.array]:
+        """The rows kept, as attention gets them: a :class:`QuantizedTensor`, or plain where the format is ``None``."""
+        keys, values = self._buffers()
+        first, end = self._first, self._first + self.offset - self.start_position
+        return self._decode(select(keys, first, end), select(values, first, end))
+
+    def _make_room(self, count: int, new_keys: Rows, new_values: Rows) -> None:
+        """Buffers that take ``count`` more rows."""
+        used = self.offset - self.start_position
+        if self.keys is None or self.values is None:
+            length = next_capacity(used + count)
+            self.keys, self.values = allocate(new_keys, length), allocate(new_values, length)
+        elif self._first + used + count > capacity(self.keys):
+            length = next_capacity(used + count, used)
+            first, end = self._first, self._first + used
+            self.keys = grow(select(self.keys, first, end), used, length)
+            self.values = grow(select(self.values, first, end), used, length)
+            self._first = 0
+
+    @classmethod
+    def from_cache(
+        cls, cache: Any, key_format: Format | str | None = DEFAULT_FORMAT, value_format: Format | str | None = "same"
+    ) -> Self:
+        """A cache with the contents of mlx-lm's ``ChunkedKVCache`` in these formats."""
+        quantized = cls(cache.chunk_size, key_format, value_format)
+        quantized.offset, quantized.start_position = cache.offset, cache.start_position
+        quantized._adopt(cache.keys, cache.values)
+        return quantized

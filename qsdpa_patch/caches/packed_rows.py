@@ -1,0 +1,82 @@
+"""The time axis of one side (keys or values) of a cache.
+
+A side is a list of arrays ``[B, H, N, width]`` that share everything but their width: codes, scales and biases of
+quantized rows, or plain rows alone. Nothing here knows which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+
+__all__ = ["Rows", "Span", "allocate", "capacity", "grow", "join", "next_capacity", "pad", "select", "skip", "write"]
+
+Rows = list[mx.array]
+Span = tuple[int, int]
+"""Rows ``start`` to ``stop`` (excluded) of a buffer."""
+
+STEP = 256
+"""Buffers are allocated in multiples of this many rows."""
+
+
+def capacity(rows: Rows) -> int:
+    """Number of rows that the buffers hold."""
+    return int(rows[0].shape[2])
+
+
+def next_capacity(needed: int, current: int = 0) -> int:
+    """Rows to allocate when ``needed`` do not fit in ``current``.
+
+    At least an eighth more than before: each row is then copied a bounded number of times however long the cache
+    grows, and at most an eighth of it lies unused.
+    """
+    return -(-max(needed, current + current // 8) // STEP) * STEP
+
+
+def allocate(like: Rows, count: int) -> Rows:
+    """Zeros for ``count`` rows of the widths, heads, batch and dtypes of ``like``."""
+    return [mx.zeros((*x.shape[:2], count, x.shape[3]), x.dtype) for x in like]
+
+
+def grow(rows: Rows, used: int, count: int) -> Rows:
+    """Buffers for ``count`` rows that begin with the first ``used`` of ``rows``."""
+    return [mx.pad(x[:, :, :used], [(0, 0), (0, 0), (0, count - used), (0, 0)]) for x in rows]
+
+
+def write(rows: Rows, start: int, stop: int, new: Rows) -> None:
+    """Put ``new`` at rows ``start`` to ``stop``: in place, where nothing else holds the buffers."""
+    for buffer, x in zip(rows, new):
+        buffer[:, :, start:stop] = x
+
+
+def select(rows: Rows, start: int, stop: int) -> Rows:
+    """Rows ``start`` to ``stop``, as views."""
+    return [x[:, :, start:stop] for x in rows]
+
+
+def join(rows: Rows, spans: Sequence[Span], new: Rows | None = None) -> Rows:
+    """The rows of ``spans`` one after the other, followed by ``new``, as one copy."""
+    pieces = [select(rows, start, stop) for start, stop in spans if start < stop]
+    if new is not None:
+        pieces.append(new)
+    if len(pieces) == 1:
+        return pieces[0]
+    return [mx.concatenate(list(parts), axis=2) for parts in zip(*pieces)]
+
+
+def skip(spans: Sequence[Span], count: int) -> list[Span]:
+    """``spans`` without their first ``count`` rows."""
+    left = []
+    for start, stop in spans:
+        dropped = min(max(count, 0), stop - start)
+        count -= dropped
+        left.append((start + dropped, stop))
+    return left
+
+
+def pad(rows: Rows, before: int, after: int) -> Rows:
+    """``rows`` between ``before`` and ``after`` rows of zeros."""
+    if before == after == 0:
+        return rows
+    return [mx.pad(x, [(0, 0), (0, 0), (before, after), (0, 0)]) for x in rows]

@@ -1,0 +1,92 @@
+"""The quantized twin of mlx-lm's ``KVCache``."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import mlx.core as mx
+from mlx_lm.models import cache as mlx_lm_cache
+
+from qsdpa_patch.caches.base import DEFAULT_FORMAT, QuantizedCache, saved
+from qsdpa_patch.caches.codec import Codec, fit_codec
+from qsdpa_patch.caches.packed_rows import Rows, allocate, capacity, grow, next_capacity, select, write
+from qsdpa_patch.kernels.format import Format
+from qsdpa_patch.kernels.quantized_tensor import dequantize_parts
+
+__all__ = ["QuantizedKVCache"]
+
+
+@saved
+class QuantizedKVCache(QuantizedCache):
+    """A growing cache of quantized keys and values. See :class:`QuantizedCache` for the formats.
+
+    Behaves as :class:`mlx_lm.models.cache.KVCache` does.
+    """
+
+    offset: int
+
+    def __init__(
+        self, key_format: Format | str | None = DEFAULT_FORMAT, value_format: Format | str | None = "same"
+    ) -> None:
+        super().__init__(key_format, value_format)
+        self.offset = 0
+
+    make_mask = mlx_lm_cache.KVCache.make_mask
+    is_trimmable = mlx_lm_cache.KVCache.is_trimmable
+    size = mlx_lm_cache.KVCache.size
+    trim = mlx_lm_cache.KVCache.trim
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Append ``keys [B, H, S, D]`` and ``values [B, H, S, Dv]``; all rows, as attention gets them."""
+        start = self.offset
+        stop = start + keys.shape[2]
+        new_keys, new_values = self._encode(keys, values)
+        if self.keys is None or self.values is None:
+            count = next_capacity(stop)
+            self.keys, self.values = allocate(new_keys, count), allocate(new_values, count)
+        elif stop > capacity(self.keys):
+            count = next_capacity(stop, capacity(self.keys))
+            self.keys, self.values = grow(self.keys, start, count), grow(self.values, start, count)
+        write(self.keys, start, stop, new_keys)
+        write(self.values, start, stop, new_values)
+        self.offset = stop
+        return self.keys_and_values()
+
+    def keys_and_values(self) -> tuple[mx.array, mx.array]:
+        """All rows, as attention gets them: a :class:`QuantizedTensor`, or plain where the format is ``None``."""
+        keys, values = self._buffers()
+        return self._decode(select(keys, 0, self.offset), select(values, 0, self.offset))
+
+    @classmethod
+    def from_cache(
+        cls, cache: Any, key_format: Format | str | None = DEFAULT_FORMAT, value_format: Format | str | None = "same"
+    ) -> Self:
+        """A cache with the contents of mlx-lm's ``KVCache`` or ``QuantizedKVCache``, in these formats.
+
+        Packed arrays that are in the format already are taken over as they are. ``cache`` stays as it was.
+        """
+        quantized = cls(key_format, value_format)
+        quantized.offset = cache.offset
+        if isinstance(cache, mlx_lm_cache.QuantizedKVCache):
+            quantized._adopt_packed(cache.keys, cache.values, Format.affine(cache.bits, cache.group_size))
+        else:
+            quantized._adopt(cache.keys, cache.values)
+        return quantized
+
+    def _adopt_packed(self, keys: Any, values: Any, stored: Format) -> None:
+        """Take over packed buffers (codes, scales, biases) of another cache, stored in the format ``stored``."""
+        if keys is None:
+            return
+        key_codec, value_codec = (
+            fit_codec(format, parts[0].shape[-1] * 32 // stored.bits, parts[1].dtype)
+            for format, parts in ((self.key_format, keys), (self.value_format, values))
+        )
+        self.keys, self.values = _repack(keys, stored, key_codec), _repack(values, stored, value_codec)
+        self._set_codecs(key_codec, value_codec)
+
+
+def _repack(parts: Any, stored: Format, codec: Codec) -> Rows:
+    """The rows of ``parts``, packed in the format ``stored``, as ``codec`` stores them."""
+    if codec.format == stored:
+        return [x[:] for x in parts]  # objects of our own: an append changes the object it is made through
+    return codec.encode(dequantize_parts(parts[0], parts[1], parts[2], stored))

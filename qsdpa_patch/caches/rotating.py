@@ -1,0 +1,138 @@
+"""The quantized twin of mlx-lm's ``RotatingKVCache``."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Self
+
+import mlx.core as mx
+from mlx_lm.models import cache as mlx_lm_cache
+
+from qsdpa_patch.caches.base import DEFAULT_FORMAT, QuantizedCache, saved
+from qsdpa_patch.caches.packed_rows import (
+    Rows,
+    Span,
+    allocate,
+    capacity,
+    grow,
+    join,
+    next_capacity,
+    select,
+    skip,
+    write,
+)
+from qsdpa_patch.kernels.format import Format
+
+__all__ = ["QuantizedRotatingKVCache"]
+
+
+@saved
+class QuantizedRotatingKVCache(QuantizedCache):
+    """A cache of the last ``max_size`` quantized keys and values. See :class:`QuantizedCache` for the formats.
+
+    Behaves as :class:`mlx_lm.models.cache.RotatingKVCache` does, down to the order of the rows: single rows overwrite
+    the oldest in place; longer updates bring the rows into the order of time, and keep ``max_size - 1`` before them.
+
+    Args:
+        max_size: how many rows are kept.
+        keep: how many rows at the start are never dropped.
+    """
+
+    _counters: ClassVar[tuple[str, ...]] = ("offset", "keep", "max_size", "_idx")
+    offset: int
+
+    def __init__(
+        self,
+        max_size: int,
+        keep: int = 0,
+        key_format: Format | str | None = DEFAULT_FORMAT,
+        value_format: Format | str | None = "same",
+    ) -> None:
+        super().__init__(key_format, value_format)
+        self.max_size = max_size
+        self.keep = keep
+        self.offset = 0
+        self._idx = 0  # where the next single row goes
+
+    make_mask = mlx_lm_cache.RotatingKVCache.make_mask
+    is_trimmable = mlx_lm_cache.RotatingKVCache.is_trimmable
+    size = mlx_lm_cache.RotatingKVCache.size
+    trim = mlx_lm_cache.RotatingKVCache.trim
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Append ``keys [B, H, S, D]`` and ``values [B, H, S, Dv]``; the rows kept, as attention gets them."""
+        new_keys, new_values = self._encode(keys, values)
+        if keys.shape[2] == 1:
+            self._write_one(new_keys, new_values)
+        else:
+            self._append(new_keys, new_values)
+        self.offset += keys.shape[2]
+        return self.keys_and_values()
+
+    def keys_and_values(self) -> tuple[mx.array, mx.array]:
+        """The rows kept, as attention gets them: a :class:`QuantizedTensor`, or plain where the format is ``None``."""
+        keys, values = self._buffers()
+        if self.offset < capacity(keys):
+            return self._decode(select(keys, 0, self.offset), select(values, 0, self.offset))
+        return self._decode(keys, values)
+
+    def _append(self, new_keys: Rows, new_values: Rows) -> None:
+        if self.keys is None or self.values is None:
+            self.keys, self.values = new_keys, new_values
+        else:
+            # The first new row still sees max_size rows, itself included.
+            spans = self._spans_in_time(capacity(self.keys))
+            spans = self._forget(spans, sum(stop - start for start, stop in spans) - self.max_size + 1)
+            self.keys, self.values = join(self.keys, spans, new_keys), join(self.values, spans, new_values)
+        self._idx = capacity(self.keys)
+
+    def _write_one(self, new_keys: Rows, new_values: Rows) -> None:
+        self._make_room(new_keys, new_values)
+        if self._idx == self.max_size:
+            self._idx = self.keep
+        keys, values = self._buffers()
+        write(keys, self._idx, self._idx + 1, new_keys)
+        write(values, self._idx, self._idx + 1, new_values)
+        self._idx += 1
+
+    def _make_room(self, new_keys: Rows, new_values: Rows) -> None:
+        """Buffers that end behind row ``_idx``, or hold exactly ``max_size`` rows."""
+        if self.keys is None or self.values is None:
+            count = min(next_capacity(1), self.max_size)
+            self.keys, self.values = allocate(new_keys, count), allocate(new_values, count)
+            self._idx = 0
+            return
+        length = capacity(self.keys)
+        if length < self.max_size and self.offset >= length:
+            count = min(next_capacity(length + 1, length), self.max_size)
+            self.keys, self.values = grow(self.keys, length, count), grow(self.values, length, count)
+            self._idx = self.offset
+        elif length > self.max_size:  # a long update left more rows than are kept
+            spans = self._forget([(0, length)], length - self.max_size)
+            self.keys, self.values = join(self.keys, spans), join(self.values, spans)
+            self._idx = self.max_size
+
+    def _spans_in_time(self, length: int) -> list[Span]:
+        """The spans of the buffers, ``length`` rows long, that hold rows, oldest first."""
+        if self._idx == length:
+            return [(0, length)]
+        if self._idx < self.offset:
+            return [(0, self.keep), (self._idx, length), (self.keep, self._idx)]
+        return [(0, self._idx)]
+
+    def _forget(self, spans: list[Span], count: int) -> list[Span]:
+        """``spans`` without the ``count`` oldest rows, those that are always kept aside."""
+        if count <= 0:
+            return spans
+        (start, stop), *rest = spans
+        kept = min(start + self.keep, stop)
+        return [(start, kept), *skip([(kept, stop), *rest], count)]
+
+    @classmethod
+    def from_cache(
+        cls, cache: Any, key_format: Format | str | None = DEFAULT_FORMAT, value_format: Format | str | None = "same"
+    ) -> Self:
+        """A cache with the contents of mlx-lm's ``RotatingKVCache``, row for row, in these formats."""
+        quantized = cls(cache.max_size, cache.keep, key_format, value_format)
+        quantized.offset, quantized._idx = cache.offset, cache._idx
+        quantized._adopt(cache.keys, cache.values)
+        return quantized
