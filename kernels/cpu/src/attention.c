@@ -1,0 +1,281 @@
+/* Attention over quantized keys and values, read in place.
+
+   The query rows of a KV head (all positions of all query heads of its group) are cut into blocks, and where that gives
+   too few pieces for the threads, so are the keys. Each piece goes over its keys in tiles: keys and values are
+   unpacked once for all rows of the block, scores and softmax are float32, and the softmax is online (Milakov and
+   Gimelshein 2018, as in FlashAttention), so that no score matrix exists. Pieces of the same rows are merged by their
+   log-sum-exps. Row = position * group + head in group: a causal block needs no tile beyond its last position. */
+#include <math.h>
+#include <stddef.h>
+
+#include "products.h"
+#include "threads.h"
+
+enum { NO_MASK, CAUSAL, BOOLEAN, ADDITIVE };
+enum { MOST_ROWS = 128, FEWEST_KEYS = 256 }; /* of a piece */
+
+/* Filled by Python as consecutive 64-bit integers; see call_layout.py. */
+typedef struct {
+  view queries, out;
+  struct {
+    const uint8_t *data;
+    int64_t sequence, head, row, key;
+  } mask;
+  const uint8_t *sinks;
+  int64_t sink_stride;
+  view rope_queries, rope_keys;
+  packed keys, values;
+  int64_t batch, query_heads, kv_heads, length, count;
+  int64_t type, mask_kind, mask_type, sink_type, rope_dim, rope_query_type, rope_key_type, threads;
+} call;
+
+typedef struct {
+  const call *c;
+  float scale;
+  long group, rows, row_blocks, splits, dim; /* dim: of a score product, rope included, padded to 4 */
+  long split_keys;
+  float *partials; /* [unit][split][row of block]: value_dim numbers, peak, total; NULL without splits */
+  int *finished;   /* [unit] */
+} plan;
+
+typedef struct {
+  float *q, *keys, *values, *scores, *out, *peak, *total, *decay, *mask, *work;
+} memory;
+
+static size_t aligned(size_t n) { return (n + 15) / 16 * 16; }
+
+/* Parts a piece's memory; the size needed when `start` is NULL. */
+static size_t part_memory(const plan *p, float *start, memory *m) {
+  const call *c = p->c;
+  const size_t rows = (size_t)(p->rows < MOST_ROWS ? p->rows : MOST_ROWS), value_dim = (size_t)c->values.dim;
+  const size_t key_groups = (size_t)(c->keys.dim / c->keys.group_size);
+  const size_t value_groups = value_dim / (size_t)c->values.group_size;
+  const size_t key_work = ((size_t)(c->keys.dim * c->keys.bits / 32) + 4 * key_groups) * TILE;
+  const size_t value_work = 2 * value_groups * TILE;
+  size_t work = key_work > value_work ? key_work : value_work;
+  if (work < (size_t)p->dim + TILE) work = (size_t)p->dim + TILE;
+  const size_t sizes[] = {rows * (size_t)p->dim, (size_t)p->dim * TILE, value_dim * TILE, rows * TILE,
+                          rows * value_dim,      rows,                  rows,             rows,
+                          TILE,                  work};
+  float **parts[] = {&m->q, &m->keys, &m->values, &m->scores, &m->out, &m->peak, &m->total, &m->decay, &m->mask,
+                     &m->work};
+  size_t used = 0;
+  for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
+    if (start) *parts[i] = start + used;
+    used += aligned(sizes[i]);
+  }
+  return used;
+}
+
+typedef struct {
+  long sequence, kv_head, first_row, rows, first_key, end_key;
+} piece;
+
+static long head_of(const plan *p, const piece *w, long row) {
+  return w->kv_head * p->group + (w->first_row + row) % p->group;
+}
+
+static long position_of(const plan *p, const piece *w, long row) { return (w->first_row + row) / p->group; }
+
+/* Query rows as floats, times the scale, followed by those of the rope term (which has it already). */
+static void load_queries(const plan *p, const piece *w, float *q) {
+  const call *c = p->c;
+  for (long r = 0; r < w->rows; r++, q += p->dim) {
+    const long head = head_of(p, w, r), position = position_of(p, w, r);
+    to_floats(row_of(&c->queries, w->sequence, head, position), (int)c->type, c->keys.dim, q);
+    for (long d = 0; d < c->keys.dim; d++) q[d] *= p->scale;
+    if (!c->rope_dim) continue;
+    to_floats(row_of(&c->rope_queries, w->sequence, head, position), (int)c->rope_query_type, c->rope_dim,
+              q + c->keys.dim);
+    for (long d = c->keys.dim + c->rope_dim; d < p->dim; d++) q[d] = 0;
+  }
+}
+
+static void load_rope_keys(const plan *p, const piece *w, long first, long count, float *row, float *to) {
+  const call *c = p->c;
+  memset(to, 0, (size_t)(p->dim - c->keys.dim) * TILE * sizeof *to);
+  for (long t = 0; t < count; t++) {
+    to_floats(row_of(&c->rope_keys, w->sequence, 0, first + t), (int)c->rope_key_type, c->rope_dim, row);
+    for (long d = 0; d < c->rope_dim; d++) to[d * TILE + t] = row[d];
+  }
+}
+
+/* What the mask adds to a row of scores: [TILE], 0 or -inf for a boolean one. */
+static void load_mask(const call *c, const uint8_t *row, long count, float *restrict mask) {
+  const long step = c->mask.key;
+  if (c->mask_kind == BOOLEAN) {
+    for (long t = 0; t < count; t++) mask[t] = row[t * step] ? 0.0f : -INFINITY;
+  } else if (step == type_size((int)c->mask_type)) {
+    to_floats(row, (int)c->mask_type, count, mask);
+  } else {
+    for (long t = 0; t < count; t++) to_floats(row + t * step, (int)c->mask_type, 1, mask + t);
+  }
+}
+
+/* Adds the mask, and puts -inf at positions after the tile's last key. */
+static void mask_scores(const plan *p, const piece *w, long first, long count, float *mask, float *scores) {
+  const call *c = p->c;
+  const uint8_t *loaded = NULL;
+  for (long r = 0; r < w->rows; r++, scores += TILE) {
+    long visible = count;
+    if (c->mask_kind == CAUSAL) {
+      visible = c->count - c->length + position_of(p, w, r) + 1 - first;
+      visible = visible < 0 ? 0 : visible < count ? visible : count;
+    } else if (c->mask_kind != NO_MASK) {
+      const uint8_t *row = c->mask.data + w->sequence * c->mask.sequence + head_of(p, w, r) * c->mask.head +
+                           position_of(p, w, r) * c->mask.row + first * c->mask.key;
+      if (row != loaded) load_mask(c, row, count, mask);
+      loaded = row;
+      for (long t = 0; t < count; t++) scores[t] += mask[t];
+    }
+    for (long t = visible; t < TILE; t++) scores[t] = -INFINITY;
+  }
+}
+
+/* Scores to weights, against the running peak of each row; the running totals and the decay of what is summed so far.
+   False when no weight of the tile is positive. */
+static int soften_scores(long rows, float *scores, float *peak, float *total, float *decay) {
+  int any = 0;
+  for (long r = 0; r < rows; r++, scores += TILE) {
+    vf high = load(scores);
+    UNROLL for (int t = LANES; t < TILE; t += LANES) high = larger(load(scores + t), high);
+    const float tile_peak = lanes_max(high), new_peak = tile_peak > peak[r] ? tile_peak : peak[r];
+    if (new_peak == -INFINITY) {
+      memset(scores, 0, TILE * sizeof *scores);
+      decay[r] = 1;
+      continue;
+    }
+    any = 1;
+    vf sum = {0};
+    UNROLL for (int t = 0; t < TILE; t += LANES) {
+      const vf weight = exp_nonpositive(load(scores + t) - new_peak);
+      store(scores + t, weight);
+      sum += weight;
+    }
+    decay[r] = new_peak == peak[r] ? 1.0f : exp_nonpositive(splat(peak[r] - new_peak))[0];
+    total[r] = total[r] * decay[r] + lanes_sum(sum);
+    peak[r] = new_peak;
+  }
+  return any;
+}
+
+static void attend_piece(const plan *p, const piece *w, const memory *m) {
+  const call *c = p->c;
+  const long value_dim = c->values.dim;
+  load_queries(p, w, m->q);
+  memset(m->out, 0, (size_t)(w->rows * value_dim) * sizeof *m->out);
+  for (long r = 0; r < w->rows; r++) m->peak[r] = -INFINITY, m->total[r] = 0;
+  for (long first = w->first_key; first < w->end_key; first += TILE) {
+    const long count = w->end_key - first < TILE ? w->end_key - first : TILE;
+    unpack_keys(&c->keys, w->sequence, w->kv_head, first, count, m->work, m->keys);
+    if (c->rope_dim) load_rope_keys(p, w, first, count, m->work, m->keys + c->keys.dim * TILE);
+    score_tile(w->rows, m->q, p->dim, p->dim, m->keys, m->scores);
+    if (c->mask_kind != NO_MASK || count < TILE) mask_scores(p, w, first, count, m->mask, m->scores);
+    if (!soften_scores(w->rows, m->scores, m->peak, m->total, m->decay)) continue;
+    unpack_values(&c->values, w->sequence, w->kv_head, first, count, m->work, m->values);
+    output_tile(w->rows, m->scores, m->decay, m->values, value_dim, count, m->out);
+  }
+}
+
+/* Divides a row by its total, with the head's sink in it, and writes it. A row without a key gives zeros. */
+static void write_row(const plan *p, const piece *w, long row, float *out, float peak, float total) {
+  const call *c = p->c;
+  const long head = head_of(p, w, row);
+  float factor = total > 0 ? 1 / total : 0;
+  if (c->sinks) {
+    float sink;
+    to_floats(c->sinks + head * c->sink_stride, (int)c->sink_type, 1, &sink);
+    const float high = sink > peak ? sink : peak;
+    if (total > 0) {
+      const float decay = expf(peak - high);
+      factor = decay / (total * decay + expf(sink - high));
+    }
+  }
+  for (long d = 0; d < c->values.dim; d++) out[d] *= factor;
+  from_floats(out, (int)c->type, c->values.dim,
+              (uint8_t *)row_of(&c->out, w->sequence, head, position_of(p, w, row)));
+}
+
+/* The split's rows, relative to the peak of all splits, summed into those of the first. */
+static void merge_splits(const plan *p, const piece *w, float *partials) {
+  const long value_dim = p->c->values.dim, width = value_dim + 2;
+  const long stride = (p->rows < MOST_ROWS ? p->rows : MOST_ROWS) * width;
+  for (long r = 0; r < w->rows; r++) {
+    float *sum = partials + r * width, peak = -INFINITY;
+    for (long s = 0; s < p->splits; s++) peak = fmaxf(peak, sum[s * stride + value_dim]);
+    if (peak > -INFINITY) {
+      for (long s = 0; s < p->splits; s++) {
+        const float *from = sum + s * stride, decay = expf(from[value_dim] - peak);
+        for (long d = 0; d < value_dim; d++) sum[d] = (s ? sum[d] : 0) + decay * from[d];
+        sum[value_dim + 1] = (s ? sum[value_dim + 1] : 0) + decay * from[value_dim + 1];
+      }
+    }
+    write_row(p, w, r, sum, peak, sum[value_dim + 1]);
+  }
+}
+
+static void run_piece(void *argument, long item, float *start) {
+  const plan *p = argument;
+  const call *c = p->c;
+  const long split = item % p->splits, unit = item / p->splits;
+  const long heads = c->batch * c->kv_heads, head = unit % heads;
+  const long block = p->row_blocks - 1 - unit / heads; /* causal: those with the most keys first */
+  piece w = {.sequence = head / c->kv_heads, .kv_head = head % c->kv_heads, .first_row = block * MOST_ROWS};
+  w.rows = p->rows - w.first_row < MOST_ROWS ? p->rows - w.first_row : MOST_ROWS;
+  w.first_key = split * p->split_keys;
+  w.end_key = split == p->splits - 1 ? c->count : w.first_key + p->split_keys;
+  if (c->mask_kind == CAUSAL) {
+    const long visible = c->count - c->length + position_of(p, &w, w.rows - 1) + 1;
+    if (w.end_key > visible) w.end_key = visible;
+  }
+  memory m;
+  part_memory(p, start, &m);
+  attend_piece(p, &w, &m);
+  const long value_dim = c->values.dim;
+  if (p->splits == 1) {
+    for (long r = 0; r < w.rows; r++) write_row(p, &w, r, m.out + r * value_dim, m.peak[r], m.total[r]);
+    return;
+  }
+  const long width = value_dim + 2, stride = (p->rows < MOST_ROWS ? p->rows : MOST_ROWS) * width;
+  float *partials = p->partials + unit * p->splits * stride, *to = partials + split * stride;
+  for (long r = 0; r < w.rows; r++, to += width) {
+    memcpy(to, m.out + r * value_dim, (size_t)value_dim * sizeof *to);
+    to[value_dim] = m.peak[r], to[value_dim + 1] = m.total[r];
+  }
+  if (__atomic_add_fetch(p->finished + unit, 1, __ATOMIC_ACQ_REL) == p->splits) merge_splits(p, &w, partials);
+}
+
+/* Splits of the keys: enough pieces that threads of unequal speed end together, none of too few keys. */
+static void plan_splits(plan *p, long units) {
+  const call *c = p->c;
+  const long wanted = (4 * c->threads + units - 1) / units, most = c->count / FEWEST_KEYS;
+  p->splits = wanted < most ? wanted : most;
+  if (p->splits < 1 || c->threads < 2) p->splits = 1;
+  p->split_keys = (c->count / p->splits + TILE - 1) / TILE * TILE;
+  p->splits = c->count ? (c->count + p->split_keys - 1) / p->split_keys : 1;
+}
+
+/* Returns 0, or 1 when there is not enough memory. */
+__attribute__((visibility("default"))) int qsdpa_attend(const call *c, double scale) {
+  plan p = {.c = c, .scale = (float)scale, .group = c->query_heads / c->kv_heads};
+  p.rows = p.group * c->length;
+  p.row_blocks = (p.rows + MOST_ROWS - 1) / MOST_ROWS;
+  p.dim = (c->keys.dim + c->rope_dim + 3) / 4 * 4;
+  const long units = c->batch * c->kv_heads * p.row_blocks;
+  if (units == 0) return 0;
+  plan_splits(&p, units);
+  if (p.splits > 1) {
+    const long rows = p.rows < MOST_ROWS ? p.rows : MOST_ROWS;
+    p.partials = aligned_floats((size_t)(units * p.splits * rows * (c->values.dim + 2)));
+    p.finished = calloc((size_t)units, sizeof *p.finished);
+  }
+  int failed = p.splits > 1 && !(p.partials && p.finished);
+  if (!failed) {
+    memory unused;
+    job j = {.run = run_piece, .argument = &p, .items = units * p.splits, .memory = part_memory(&p, NULL, &unused)};
+    failed = !run_job(&j, (int)c->threads);
+  }
+  free(p.partials);
+  free(p.finished);
+  return failed;
+}

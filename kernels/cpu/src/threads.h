@@ -1,0 +1,133 @@
+/* A pool of threads that are kept between calls and sleep while there is nothing to do.
+
+   One caller at a time has the pool; another that finds it taken runs its job alone. A child process made by fork
+   starts with an empty pool. */
+#ifndef QSDPA_THREADS_H
+#define QSDPA_THREADS_H
+
+#include <pthread.h>
+#include <stdlib.h>
+
+enum { MOST_THREADS = 256 };
+
+/* memory: the worker's own, of the size the job asked for. */
+typedef void (*task)(void *job, long item, float *memory);
+
+typedef struct {
+  task run;
+  void *argument;
+  long items, next;
+  size_t memory; /* floats that each worker needs */
+} job;
+
+static struct {
+  pthread_mutex_t owner; /* held by the caller that has the pool */
+  pthread_mutex_t lock;  /* guards what follows, but for memory */
+  pthread_cond_t wake, idle;
+  job *current;
+  unsigned long jobs; /* so far */
+  int started, active;
+  struct {
+    float *start;
+    size_t size;
+  } memory[MOST_THREADS]; /* of each worker; 0 is the caller */
+} pool = {.owner = PTHREAD_MUTEX_INITIALIZER, .lock = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER,
+          .idle = PTHREAD_COND_INITIALIZER};
+
+static void forget_threads(void) {
+  pthread_mutex_init(&pool.owner, NULL);
+  pthread_mutex_init(&pool.lock, NULL);
+  pthread_cond_init(&pool.wake, NULL);
+  pthread_cond_init(&pool.idle, NULL);
+  pool.current = NULL;
+  pool.started = pool.active = 0;
+}
+
+static void watch_forks(void) { pthread_atfork(NULL, NULL, forget_threads); }
+
+static float *aligned_floats(size_t count) {
+  void *memory = NULL;
+  return posix_memalign(&memory, 64, (count ? count : 1) * sizeof(float)) ? NULL : memory;
+}
+
+/* Memory of worker `index`, kept for the next job. */
+static float *worker_memory(int index, size_t size) {
+  if (pool.memory[index].size < size) {
+    free(pool.memory[index].start);
+    pool.memory[index].start = aligned_floats(size);
+    pool.memory[index].size = pool.memory[index].start ? size : 0;
+  }
+  return pool.memory[index].start;
+}
+
+/* Without memory, the items are left to the other workers. */
+static void run_items(job *j, float *memory) {
+  while (memory) {
+    const long item = __atomic_fetch_add(&j->next, 1, __ATOMIC_RELAXED);
+    if (item >= j->items) return;
+    j->run(j->argument, item, memory);
+  }
+}
+
+static void *worker(void *argument) {
+  const int index = (int)(intptr_t)argument;
+  unsigned long last = 0;
+  pthread_mutex_lock(&pool.lock);
+  for (;;) {
+    while (!pool.current || pool.jobs == last) pthread_cond_wait(&pool.wake, &pool.lock);
+    job *j = pool.current;
+    last = pool.jobs;
+    pool.active++;
+    pthread_mutex_unlock(&pool.lock);
+    run_items(j, worker_memory(index, j->memory));
+    pthread_mutex_lock(&pool.lock);
+    if (--pool.active == 0) pthread_cond_signal(&pool.idle);
+  }
+  return NULL;
+}
+
+/* Called by the pool's owner. Fewer threads than asked for are no error. */
+static void start_threads(int count) {
+  static pthread_once_t once = PTHREAD_ONCE_INIT;
+  pthread_once(&once, watch_forks);
+  pthread_attr_t attributes;
+  pthread_attr_init(&attributes);
+  pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
+  while (pool.started < count - 1) {
+    pthread_t thread;
+    if (pthread_create(&thread, &attributes, worker, (void *)(intptr_t)(pool.started + 1))) break;
+    pool.started++;
+  }
+  pthread_attr_destroy(&attributes);
+}
+
+/* Runs items 0 .. j->items on up to `threads` threads, this one included; returns when all are done. False when there
+   was no memory for it. */
+static int run_job(job *j, int threads) {
+  if (threads > MOST_THREADS) threads = MOST_THREADS;
+  if (pthread_mutex_trylock(&pool.owner)) {
+    float *memory = aligned_floats(j->memory);
+    run_items(j, memory);
+    free(memory);
+    return j->next >= j->items;
+  }
+  if (threads < 2 || j->items < 2) {
+    run_items(j, worker_memory(0, j->memory));
+  } else {
+    start_threads(threads);
+    pthread_mutex_lock(&pool.lock);
+    pool.current = j;
+    pool.jobs++;
+    pthread_cond_broadcast(&pool.wake);
+    pthread_mutex_unlock(&pool.lock);
+    run_items(j, worker_memory(0, j->memory));
+    pthread_mutex_lock(&pool.lock);
+    pool.current = NULL; /* whoever wakes up only now has nothing to do */
+    while (pool.active) pthread_cond_wait(&pool.idle, &pool.lock);
+    pthread_mutex_unlock(&pool.lock);
+  }
+  pthread_mutex_unlock(&pool.owner);
+  return j->next >= j->items;
+}
+
+#endif

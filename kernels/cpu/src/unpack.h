@@ -1,0 +1,284 @@
+/* Packed rows of keys and values to float tiles.
+
+   Keys become a transposed tile [dim][TILE]: a vector holds one dimension of LANES keys. The 32-bit words of the rows
+   are transposed first; a word vector then gives its codes by constant shifts, at every bit width, codes that straddle
+   two words included. Values become a tile [TILE][dim]: a vector holds LANES dimensions of one key. Both are scaled
+   here, with one multiply-add for each vector, so that what follows is arithmetic on plain floats. */
+#ifndef QSDPA_UNPACK_H
+#define QSDPA_UNPACK_H
+
+#include "convert.h"
+
+#define TILE 32 /* keys */
+
+enum { AFFINE, E2M1, E4M3 };
+
+/* Numbers of sequence, head and row are strides in bytes; the numbers of a row are contiguous. */
+typedef struct {
+  const uint8_t *data;
+  int64_t sequence, head, row;
+} view;
+
+typedef struct {
+  view codes, scales, biases;
+  int64_t kind, bits, group_size, symmetric, scale_type, dim;
+} packed;
+
+INLINE const uint8_t *row_of(const view *v, long sequence, long head, long row) {
+  return v->data + sequence * v->sequence + head * v->head + row * v->row;
+}
+
+/* The numbers that codes of floating-point formats stand for: sign, exponent and mantissa are moved to a float32's
+   places; exponent 0 is read as exponent 1, less its implicit bit. */
+INLINE vf decode_minifloat(vu code, int mantissa, int exponent_bias, int bits) {
+  vu magnitude = code & ((1u << (bits - 1)) - 1);
+  vi subnormal = (vi)(magnitude < (1u << mantissa));
+  vu moved = (magnitude << (23 - mantissa)) + ((127u - (unsigned)exponent_bias) << 23);
+  moved += (vu)subnormal & (1u << 23);
+  vf implicit = (vf)((vu)subnormal & ((128u - (unsigned)exponent_bias) << 23));
+  vf value = (vf)moved - implicit;
+  return (vf)((vu)value | (code >> (bits - 1)) << 31);
+}
+
+INLINE vf decode(vu code, int kind) {
+  if (kind == E2M1) return decode_minifloat(code, 1, 1, 4);
+  if (kind == E4M3) return decode_minifloat(code, 3, 7, 8);
+  return to_float(code);
+}
+
+/* ---- scales and biases ---- */
+
+/* Scales and biases of `count` rows as floats [TILE][groups]; zeros after the last row. */
+static void load_scales(const packed *p, long sequence, long head, long first, long count, float *scales,
+                        float *biases) {
+  const long groups = p->dim / p->group_size;
+  const int type = (int)p->scale_type;
+  const int contiguous = p->scales.row == groups * type_size(type);
+  const long rows = contiguous ? 1 : count, length = contiguous ? count * groups : groups;
+  for (long t = 0; t < rows; t++) {
+    to_floats(row_of(&p->scales, sequence, head, first + t), type, length, scales + t * groups);
+  }
+  if (p->biases.data) {
+    const int same = p->biases.row == groups * type_size(type);
+    const long bias_rows = same ? 1 : count, bias_length = same ? count * groups : groups;
+    for (long t = 0; t < bias_rows; t++) {
+      to_floats(row_of(&p->biases, sequence, head, first + t), type, bias_length, biases + t * groups);
+    }
+  } else {
+    const float middle = p->symmetric ? -(float)(1 << (p->bits - 1)) : 0.0f;
+    for (long i = 0; i < count * groups; i++) biases[i] = scales[i] * middle;
+  }
+  memset(scales + count * groups, 0, (size_t)((TILE - count) * groups) * 4);
+  memset(biases + count * groups, 0, (size_t)((TILE - count) * groups) * 4);
+}
+
+static void transpose_floats(const float *restrict from, long columns, float *restrict to) {
+  for (long c = 0; c < columns; c++) {
+    for (long t = 0; t < TILE; t++) to[c * TILE + t] = from[t * columns + c];
+  }
+}
+
+/* ---- words ---- */
+
+/* N rows of N words, transposed: log2(N) perfect shuffles of the rows. */
+#define DEFINE_TRANSPOSE(N, LOW, HIGH)                                                                     \
+  typedef uint32_t words##N __attribute__((vector_size(4 * N)));                                           \
+  INLINE void transpose##N(const uint8_t *from, long row, uint32_t *to) {                                  \
+    words##N r[N], s[N];                                                                                   \
+    UNROLL for (int i = 0; i < N; i++) memcpy(&r[i], from + i * row, sizeof r[i]);                         \
+    UNROLL for (int step = 1; step < N; step *= 2) {                                                       \
+      UNROLL for (int i = 0; i < N / 2; i++) {                                                             \
+        s[2 * i] = __builtin_shufflevector(r[i], r[i + N / 2], LOW);                                       \
+        s[2 * i + 1] = __builtin_shufflevector(r[i], r[i + N / 2], HIGH);                                  \
+      }                                                                                                    \
+      UNROLL for (int i = 0; i < N; i++) r[i] = s[i];                                                      \
+    }                                                                                                      \
+    UNROLL for (int i = 0; i < N; i++) memcpy(to + i * TILE, &r[i], sizeof r[i]);                          \
+  }
+#define ARGS(...) __VA_ARGS__
+DEFINE_TRANSPOSE(4, ARGS(0, 4, 1, 5), ARGS(2, 6, 3, 7))
+#if LANES >= 8
+DEFINE_TRANSPOSE(8, ARGS(0, 8, 1, 9, 2, 10, 3, 11), ARGS(4, 12, 5, 13, 6, 14, 7, 15))
+#endif
+#if LANES >= 16
+DEFINE_TRANSPOSE(16, ARGS(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23),
+                 ARGS(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31))
+#endif
+
+INLINE void transpose_block(int n, const uint8_t *from, long row, uint32_t *to) {
+#if LANES >= 16
+  if (n == 16) transpose16(from, row, to);
+#endif
+#if LANES >= 8
+  if (n == 8) transpose8(from, row, to);
+#endif
+  if (n == 4) transpose4(from, row, to);
+}
+
+/* Whole tile in blocks of n; the last block of columns ends with the row, so that nothing behind it is read. */
+INLINE void transpose_tile(int n, const uint8_t *from, long row, long words, uint32_t *to) {
+  for (long c = 0; c < words; c += n) {
+    const long column = c + n <= words ? c : words - n;
+    for (long t = 0; t < TILE; t += n) transpose_block(n, from + t * row + column * 4, row, to + column * TILE + t);
+  }
+}
+
+static void transpose_words(const uint8_t *from, long row, long words, long count, uint32_t *to) {
+  if (count < TILE || words < 4) {
+    for (long w = 0; w < words; w++) {
+      for (long t = 0; t < TILE; t++) {
+        uint32_t word = 0;
+        if (t < count) memcpy(&word, from + t * row + w * 4, 4);
+        to[w * TILE + t] = word;
+      }
+    }
+  } else if (LANES >= 16 && words >= 16) {
+    transpose_tile(16, from, row, words, to);
+  } else if (LANES >= 8 && words >= 8) {
+    transpose_tile(8, from, row, words, to);
+  } else {
+    transpose_tile(4, from, row, words, to);
+  }
+}
+
+/* ---- keys ---- */
+
+/* 32 dimensions of a tile. scales and biases: [2][TILE], of the first and the second 16 dimensions. */
+INLINE void unpack_key_block(int kind, int bits, const uint32_t *words, const float *const scales[2],
+                             const float *const biases[2], float *to) {
+  const uint32_t mask = (1u << bits) - 1;
+  for (int t = 0; t < TILE; t += LANES) {
+    UNROLL for (int half = 0; half < 2; half++) {
+      const vf scale = load(scales[half] + t), bias = load(biases[half] + t);
+      UNROLL for (int i = half * 16; i < half * 16 + 16; i++) {
+        const int word = i * bits / 32, shift = i * bits % 32;
+        vu code = load_words(words + word * TILE + t) >> shift;
+        if (shift + bits > 32) code |= load_words(words + (word + 1) * TILE + t) << (32 - shift);
+        if (shift + bits != 32) code &= mask;
+        const vf value = decode(code, kind);
+        store(to + i * TILE + t, kind == AFFINE ? value * scale + bias : value * scale);
+      }
+    }
+  }
+}
+
+INLINE void unpack_key_blocks(int kind, int bits, const packed *p, const uint32_t *words, const float *scales,
+                              const float *biases, float *to) {
+  for (long d = 0; d < p->dim; d += 32) {
+    const long g0 = d / p->group_size * TILE, g1 = (d + 16) / p->group_size * TILE;
+    const float *const s[2] = {scales + g0, scales + g1}, *const b[2] = {biases + g0, biases + g1};
+    unpack_key_block(kind, bits, words + d / 32 * bits * TILE, s, b, to + d * TILE);
+  }
+}
+
+/* Keys first .. first + count as [dim][TILE] in `to`; zeros for the keys after them. `work`: floats for words and
+   scales, (words + 4 * groups) * TILE of them. */
+static void unpack_keys(const packed *p, long sequence, long head, long first, long count, float *work, float *to) {
+  const long groups = p->dim / p->group_size, words = p->dim * p->bits / 32;
+  uint32_t *transposed = (uint32_t *)work;
+  float *rows = work + words * TILE, *scales = rows + 2 * groups * TILE, *biases = scales + groups * TILE;
+  load_scales(p, sequence, head, first, count, rows, rows + groups * TILE);
+  transpose_floats(rows, groups, scales);
+  transpose_floats(rows + groups * TILE, groups, biases);
+  transpose_words(row_of(&p->codes, sequence, head, first), p->codes.row, words, count, transposed);
+  switch (p->kind == AFFINE ? p->bits : 100 + p->kind) {
+    case 2: unpack_key_blocks(AFFINE, 2, p, transposed, scales, biases, to); break;
+    case 3: unpack_key_blocks(AFFINE, 3, p, transposed, scales, biases, to); break;
+    case 4: unpack_key_blocks(AFFINE, 4, p, transposed, scales, biases, to); break;
+    case 5: unpack_key_blocks(AFFINE, 5, p, transposed, scales, biases, to); break;
+    case 6: unpack_key_blocks(AFFINE, 6, p, transposed, scales, biases, to); break;
+    case 8: unpack_key_blocks(AFFINE, 8, p, transposed, scales, biases, to); break;
+    case 100 + E2M1: unpack_key_blocks(E2M1, 4, p, transposed, scales, biases, to); break;
+    case 100 + E4M3: unpack_key_blocks(E4M3, 8, p, transposed, scales, biases, to); break;
+  }
+}
+
+/* ---- values ---- */
+
+/* Lane i of the result: the 32 bits that hold its code from bit (i % per_window) * bits on. */
+INLINE vu windows(const uint32_t *w, int per_window) {
+  vu v;
+  UNROLL for (int i = 0; i < LANES; i++) v[i] = w[i / per_window];
+  return v;
+}
+
+/* Eight dimensions of `bits` bits in the low bits of the result. Reads 8 bytes within the row: those that end with
+   the eight dimensions, but for the first. */
+INLINE uint64_t eight_codes(const uint8_t *row, long d, int bits) {
+  uint64_t x;
+  if (d == 0) {
+    memcpy(&x, row, 8);
+    return x;
+  }
+  memcpy(&x, row + (d / 8 + 1) * bits - 8, 8);
+  return x >> (64 - 8 * bits);
+}
+
+/* Dimensions d .. d + LANES of a row. */
+INLINE vu value_codes(int bits, const uint8_t *row, long d) {
+  if (bits == 8) {
+    typedef uint8_t bytes __attribute__((vector_size(LANES)));
+    bytes b;
+    memcpy(&b, row + d, sizeof b);
+    return __builtin_convertvector(b, vu);
+  }
+  vu shifts;
+  uint32_t w[LANES];
+  if (bits == 4 && LANES >= 8) {
+    UNROLL for (int i = 0; i < LANES; i++) shifts[i] = (uint32_t)(i % 8 * 4);
+    memcpy(w, row + d / 2, LANES / 2);
+    return (windows(w, 8) >> shifts) & 15u;
+  }
+  if (bits == 2 && LANES == 16) {
+    UNROLL for (int i = 0; i < LANES; i++) shifts[i] = (uint32_t)(i * 2);
+    memcpy(w, row + d / 4, 4);
+    return (windows(w, 16) >> shifts) & 3u;
+  }
+  UNROLL for (int i = 0; i < LANES; i++) shifts[i] = (uint32_t)(i % 4 * bits);
+  if (LANES == 4) {
+    w[0] = (uint32_t)(eight_codes(row, d / 8 * 8, bits) >> (d % 8 * bits));
+  } else {
+    UNROLL for (int i = 0; i < LANES / 8; i++) {
+      const uint64_t x = eight_codes(row, d + 8 * i, bits);
+      w[2 * i] = (uint32_t)x;
+      w[2 * i + 1] = (uint32_t)(x >> (4 * bits));
+    }
+  }
+  return (windows(w, 4) >> shifts) & ((1u << bits) - 1);
+}
+
+INLINE void unpack_value_rows(int kind, int bits, const packed *p, const uint8_t *codes, long count,
+                              const float *scales, const float *biases, float *to) {
+  const long dim = p->dim, groups = dim / p->group_size, row = p->codes.row, size = p->group_size;
+  for (long t = 0; t < count; t++) {
+    const uint8_t *from = codes + t * row;
+    for (long g = 0; g < groups; g++) {
+      const vf scale = splat(scales[t * groups + g]), bias = splat(biases[t * groups + g]);
+      for (long d = g * size; d < (g + 1) * size; d += 16) {
+        UNROLL for (int i = 0; i < 16; i += LANES) {
+          const vf value = decode(value_codes(bits, from, d + i), kind);
+          store(to + t * dim + d + i, kind == AFFINE ? value * scale + bias : value * scale);
+        }
+      }
+    }
+  }
+}
+
+/* Values first .. first + count as [count][dim] in `to`. `work`: 2 * groups * TILE floats. */
+static void unpack_values(const packed *p, long sequence, long head, long first, long count, float *work, float *to) {
+  const uint8_t *codes = row_of(&p->codes, sequence, head, first);
+  float *scales = work, *biases = work + p->dim / p->group_size * TILE;
+  load_scales(p, sequence, head, first, count, scales, biases);
+  switch (p->kind == AFFINE ? p->bits : 100 + p->kind) {
+    case 2: unpack_value_rows(AFFINE, 2, p, codes, count, scales, biases, to); break;
+    case 3: unpack_value_rows(AFFINE, 3, p, codes, count, scales, biases, to); break;
+    case 4: unpack_value_rows(AFFINE, 4, p, codes, count, scales, biases, to); break;
+    case 5: unpack_value_rows(AFFINE, 5, p, codes, count, scales, biases, to); break;
+    case 6: unpack_value_rows(AFFINE, 6, p, codes, count, scales, biases, to); break;
+    case 8: unpack_value_rows(AFFINE, 8, p, codes, count, scales, biases, to); break;
+    case 100 + E2M1: unpack_value_rows(E2M1, 4, p, codes, count, scales, biases, to); break;
+    case 100 + E4M3: unpack_value_rows(E4M3, 8, p, codes, count, scales, biases, to); break;
+  }
+}
+
+#endif
