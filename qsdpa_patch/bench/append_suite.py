@@ -1,0 +1,54 @@
+"""The suite ``append``: what it costs to add a token to a cache, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models import cache as mlx_lm_cache
+
+import qsdpa_patch
+from qsdpa_patch.bench.cases import Case, dtype_name, random_rows, stock_format
+from qsdpa_patch.bench.measurement import OURS, TimedPath
+
+__all__ = ["append_paths"]
+
+
+def append_paths(case: Case) -> list[TimedPath]:
+    """Our cache, mlx-lm's quantized one and its plain one.
+
+    The same rows are written again and again: a cache is cut back after each run, and never grows while timed.
+    """
+    return [
+        _path(OURS, case, lambda: qsdpa_patch.caches.QuantizedKVCache(case.key_format, case.value_format)),
+        _path("mlx-lm quantized", case, lambda: mlx_lm_cache.QuantizedKVCache(**stock_format(case))),
+        _path(f"{dtype_name(case.dtype)} cache", case, mlx_lm_cache.KVCache),
+    ]
+
+
+def _path(name: str, case: Case, make: Callable[[], Any]) -> TimedPath:
+    filled: list[Any] = []
+    keys, values = _rows(case, case.query_length)
+
+    def prepare() -> None:
+        cache = make()
+        cache.update_and_fetch(*_rows(case, case.context))
+        mx.eval(cache.state)
+        filled.append(cache)
+
+    def run(calls: int) -> None:
+        (cache,) = filled
+        for _ in range(calls):
+            cache.update_and_fetch(keys, values)
+        mx.eval(cache.state)
+        cache.trim(calls * case.query_length)
+
+    return TimedPath(name, run, prepare=prepare)
+
+
+def _rows(case: Case, count: int) -> tuple[mx.array, mx.array]:
+    return (
+        random_rows(case.batch, case.kv_heads, count, case.key_dim, case.dtype, spare=0),
+        random_rows(case.batch, case.kv_heads, count, case.value_dim, case.dtype, spare=0),
+    )

@@ -1,0 +1,132 @@
+"""Timing several paths side by side: one run of each in turn, so that a slow spell of the machine hits all alike."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+
+import qsdpa_patch
+
+__all__ = ["DEQUANTIZED", "OURS", "Measurement", "TimedPath", "measure"]
+
+OURS = "qsdpa_patch"
+"""The name of the path that the others are compared with."""
+DEQUANTIZED = "dequantize + SDPA"
+"""The name of the path whose result ours must agree with: the same call, by other code."""
+
+_MIN_RUNS = 3
+_MAX_RUNS = 1000
+
+
+@dataclass(frozen=True)
+class TimedPath:
+    """One way to do the work.
+
+    run: does the work so many times, each after the other, and returns when the last result is there: with it, where
+        it is one to compare.
+    bytes_read: bytes of keys and values that one call has to read, where that is known.
+    context: entered around every run, outside the timing (to switch the patch on, say).
+    prepare: called once before the first run, in the context.
+    """
+
+    name: str
+    run: Callable[[int], mx.array | None]
+    bytes_read: int | None = None
+    context: Callable[[], AbstractContextManager[None]] = nullcontext
+    prepare: Callable[[], None] = lambda: None
+
+
+@dataclass
+class Measurement:
+    """What was measured of one path.
+
+    samples: seconds per call, one for each run of ``calls_per_run`` calls.
+    peak_bytes: most memory that MLX held during one call, above what was there before.
+    route, reason: what the report counted: the route through qsdpa_patch and, unless fused, why.
+    difference: of our result from that of :data:`DEQUANTIZED` on the same inputs, the largest over the largest
+        magnitude.
+    error: why the path cannot be run; the other numbers are missing then.
+    """
+
+    name: str
+    calls_per_run: int
+    bytes_read: int | None = None
+    samples: list[float] = field(default_factory=list)
+    peak_bytes: int | None = None
+    route: str = ""
+    reason: str = ""
+    difference: float | None = None
+    error: str = ""
+
+
+def measure(paths: Sequence[TimedPath], *, seconds: float, calls: int) -> list[Measurement]:
+    """Time ``paths``, in turns, until each has had ``seconds`` and at least three runs.
+
+    The first call of a path, which may compile kernels, is not counted. A path that raises is left out from there on.
+
+    Args:
+        paths: what to time.
+        seconds: of measuring time for each path.
+        calls: per run. On a GPU a run of many hides the cost of waiting for its result.
+    """
+    measurements = [Measurement(path.name, calls, path.bytes_read) for path in paths]
+    outputs = {path.name: _attempt(_warm_up, path, measurement) for path, measurement in zip(paths, measurements)}
+    ours, wanted = outputs.pop(OURS, None), outputs.pop(DEQUANTIZED, None)
+    if ours is not None and wanted is not None:
+        next(m for m in measurements if m.name == OURS).difference = _difference(ours, wanted)
+    active = [pair for pair in zip(paths, measurements) if not pair[1].error]
+    while active:
+        for path, measurement in active:
+            _attempt(_sample, path, measurement)
+        active = [pair for pair in active if not _is_done(pair[1], seconds)]
+    return measurements
+
+
+def _attempt(
+    step: Callable[[TimedPath, Measurement], mx.array | None], path: TimedPath, measurement: Measurement
+) -> mx.array | None:
+    """Take a step of one path; whatever it raises becomes its result."""
+    try:
+        with path.context():
+            return step(path, measurement)
+    except Exception as error:
+        measurement.error = f"{type(error).__name__}: {error}".strip()
+        measurement.samples.clear()
+        return None
+
+
+def _warm_up(path: TimedPath, measurement: Measurement) -> mx.array | None:
+    path.prepare()
+    qsdpa_patch.reset_report()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    output = path.run(1)
+    measurement.peak_bytes = max(0, mx.get_peak_memory() - before)
+    rows = [row for row in qsdpa_patch.report().rows if row.route != "stock"]
+    if rows:
+        row = max(rows, key=lambda row: row.calls)
+        measurement.route, measurement.reason = row.route, row.reason
+    return output
+
+
+def _difference(found: mx.array, wanted: mx.array) -> float:
+    found, wanted = found.astype(mx.float32), wanted.astype(mx.float32)
+    ratio: Any = (mx.abs(found - wanted).max() / mx.abs(wanted).max()).item()
+    return float(ratio)
+
+
+def _sample(path: TimedPath, measurement: Measurement) -> None:
+    start = time.perf_counter()
+    path.run(measurement.calls_per_run)
+    measurement.samples.append((time.perf_counter() - start) / measurement.calls_per_run)
+
+
+def _is_done(measurement: Measurement, seconds: float) -> bool:
+    runs = len(measurement.samples)
+    enough = sum(measurement.samples) * measurement.calls_per_run >= seconds
+    return bool(measurement.error) or runs >= _MAX_RUNS or (runs >= _MIN_RUNS and enough)

@@ -1,0 +1,105 @@
+"""The results of a benchmark run, and their form as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from qsdpa_patch.bench.cases import Case
+from qsdpa_patch.bench.measurement import OURS, Measurement
+from qsdpa_patch.bench.statistics import Summary, summarize
+
+__all__ = ["SCHEMA", "BenchmarkRun", "CaseResult", "PathResult"]
+
+SCHEMA = 1
+"""Version of what :meth:`BenchmarkRun.to_dict` gives."""
+
+
+@dataclass(frozen=True)
+class PathResult:
+    """A measurement and what follows from it; ``summary`` is missing where the path failed.
+
+    slower_than_ours: its median as a multiple of ours, where both are there.
+    """
+
+    measurement: Measurement
+    summary: Summary | None
+    slower_than_ours: float | None
+
+    @property
+    def bytes_per_second(self) -> float | None:
+        """Bytes of keys and values over the median time."""
+        nbytes = self.measurement.bytes_read
+        return nbytes / self.summary.median if nbytes and self.summary else None
+
+    def to_dict(self, copy_bandwidth: float) -> dict[str, Any]:
+        """As plain data, every sample included."""
+        measurement, summary, rate = self.measurement, self.summary, self.bytes_per_second
+        data: dict[str, Any] = {
+            "name": measurement.name,
+            "error": measurement.error or None,
+            "route": measurement.route or None,
+            "reason": measurement.reason or None,
+            "difference": measurement.difference,
+            "calls_per_run": measurement.calls_per_run,
+            "seconds_per_call": measurement.samples,
+            "peak_bytes": measurement.peak_bytes,
+            "bytes_read": measurement.bytes_read,
+        }
+        if summary is not None:
+            data["median"] = summary.median
+            data["lower_quartile"], data["upper_quartile"] = summary.lower_quartile, summary.upper_quartile
+            data["minimum"] = summary.minimum
+            data["slower_than_ours"] = self.slower_than_ours
+            data["bytes_per_second"] = rate
+            data["of_copy_bandwidth"] = rate / copy_bandwidth if rate else None
+        return data
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    """All paths of a case."""
+
+    case: Case
+    paths: list[PathResult]
+
+    @classmethod
+    def of(cls, case: Case, measurements: Sequence[Measurement]) -> CaseResult:
+        summaries = {m.name: summarize(m.samples) if m.samples else None for m in measurements}
+        ours = summaries.get(OURS)
+        paths = []
+        for measurement in measurements:
+            summary = summaries[measurement.name]
+            ratio = summary.median / ours.median if summary and ours and measurement.name != OURS else None
+            paths.append(PathResult(measurement, summary, ratio))
+        return cls(case, paths)
+
+
+@dataclass
+class BenchmarkRun:
+    """Everything that one command measured.
+
+    copy_bandwidth: bytes per second, read and written, of a large copy on the same device.
+    """
+
+    machine: dict[str, Any]
+    copy_bandwidth: float
+    command: str
+    results: list[CaseResult] = field(default_factory=list)
+    started: datetime = field(default_factory=lambda: datetime.now(UTC))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data."""
+        return {
+            "schema": SCHEMA,
+            "command": self.command,
+            "started": self.started.isoformat(timespec="seconds"),
+            "machine": self.machine,
+            "copy_bytes_per_second": self.copy_bandwidth,
+            "results": [
+                {**result.case.to_dict(), "paths": [path.to_dict(self.copy_bandwidth) for path in result.paths]}
+                for result in self.results
+            ],
+        }

@@ -1,0 +1,74 @@
+"""Running the planned cases."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+import qsdpa_patch
+from qsdpa_patch.bench.append_suite import append_paths
+from qsdpa_patch.bench.attention_suite import attention_paths
+from qsdpa_patch.bench.cases import Case
+from qsdpa_patch.bench.latent_suite import latent_paths
+from qsdpa_patch.bench.machine import copy_bandwidth, describe_machine
+from qsdpa_patch.bench.measurement import TimedPath, measure
+from qsdpa_patch.bench.model_suite import model_paths, random_llama
+from qsdpa_patch.bench.plan import SUITES
+from qsdpa_patch.bench.results import BenchmarkRun, CaseResult
+
+__all__ = ["BenchmarkOptions", "run_cases"]
+
+
+@dataclass(frozen=True)
+class BenchmarkOptions:
+    """How to run the cases.
+
+    kernels: as :func:`qsdpa_patch.enable` takes it.
+    seconds: of measuring time for each path.
+    calls: per timed run; ``None``: one on the CPU, the suite's number on a GPU.
+    model: for ``e2e``; ``None``: a random Llama with ``layers`` layers and the heads of the case.
+    """
+
+    kernels: str = "auto"
+    seconds: float = 1.0
+    calls: int | None = None
+    model: Any = None
+    layers: int = 4
+
+
+def run_cases(cases: Sequence[Case], options: BenchmarkOptions, command: str) -> BenchmarkRun:
+    """Run ``cases`` in order, with a line on standard error for each. Interrupted, it returns what there is."""
+    qsdpa_patch.disable()  # QSDPA_PATCH=1 may have enabled it, and mlx-lm's own path is to be timed too
+    run = BenchmarkRun(describe_machine(), copy_bandwidth(), command)
+    try:
+        for number, case in enumerate(cases, 1):
+            progress = f"[{number}/{len(cases)}] {case.suite}: {case.label}, context {case.context}"
+            print(progress, file=sys.stderr, flush=True)
+            mx.random.seed(0)
+            measurements = measure(_paths(case, options), seconds=options.seconds, calls=_calls(case, options))
+            run.results.append(CaseResult.of(case, measurements))
+            mx.clear_cache()
+    except KeyboardInterrupt:
+        print("interrupted; the results so far:", file=sys.stderr)
+    return run
+
+
+def _calls(case: Case, options: BenchmarkOptions) -> int:
+    on_cpu = mx.default_device().type == mx.DeviceType.cpu
+    return options.calls or (1 if on_cpu else SUITES[case.suite].gpu_calls)
+
+
+def _paths(case: Case, options: BenchmarkOptions) -> list[TimedPath]:
+    """The paths of a case, with their inputs made."""
+    if case.suite == "mla":
+        return latent_paths(case, options.kernels)
+    if case.suite == "append":
+        return append_paths(case)
+    if case.suite == "e2e":
+        model = random_llama(case, options.layers) if options.model is None else options.model
+        return model_paths(case, options.kernels, model)
+    return attention_paths(case, options.kernels)

@@ -1,0 +1,91 @@
+"""Results as tables on a terminal."""
+
+from __future__ import annotations
+
+import itertools
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from qsdpa_patch.bench.measurement import DEQUANTIZED
+from qsdpa_patch.bench.results import BenchmarkRun, CaseResult, PathResult
+
+__all__ = ["print_results"]
+
+_LARGEST_DIFFERENCE = 0.02
+"""Twice what bfloat16 may cost a kernel, since the path compared with rounds too."""
+
+
+def print_results(run: BenchmarkRun, console: Console) -> None:
+    """Print a table for each suite and shape, then what failed and why."""
+    machine = run.machine
+    versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
+    console.print(f"{machine['device_name']} ({machine['device']}), {versions}", highlight=False)
+    for (suite, label), results in itertools.groupby(run.results, lambda r: (r.case.suite, r.case.label)):
+        console.print()
+        console.print(_table(f"{suite}: {label}", list(results), run.copy_bandwidth))
+    console.print(
+        "\nTimes: median per call, and the distance between the quartiles in % of it. Speed-up: of qsdpa_patch over "
+        "the path. GB/s: keys and values read, and in % of a large copy's rate on this device "
+        f"({run.copy_bandwidth / 1e9:.1f} GB/s read and written). Memory: the most held in a call, above the inputs.",
+        style="dim",
+        highlight=False,
+    )
+    _print_reasons(run, console)
+
+
+def _table(title: str, results: list[CaseResult], copy_bandwidth: float) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    table.add_column("keys, path", no_wrap=True)
+    for heading in ("median", "spread", "runs", "speed-up", "GB/s", "memory"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for result in results:
+        table.add_row(f"{result.case.context}")
+        for path in result.paths:
+            table.add_row(*_cells(path, copy_bandwidth))
+    return table
+
+
+def _cells(path: PathResult, copy_bandwidth: float) -> list[str]:
+    measurement, summary, rate = path.measurement, path.summary, path.bytes_per_second
+    name = f"  {measurement.name}" + (f" ({measurement.route})" if measurement.route else "")
+    if summary is None:
+        return [name, "fails"]
+    runs = f"{summary.runs}x{measurement.calls_per_run}" if measurement.calls_per_run > 1 else f"{summary.runs}"
+    return [
+        name,
+        _duration(summary.median),
+        f"{summary.spread:.0%}",
+        runs,
+        f"{path.slower_than_ours:.2f}x" if path.slower_than_ours is not None else "",
+        f"{rate / 1e9:.1f} {rate / copy_bandwidth:4.0%}" if rate else "",
+        _size(measurement.peak_bytes),
+    ]
+
+
+def _print_reasons(run: BenchmarkRun, console: Console) -> None:
+    """Each failure, and each reason why a call of ours was not fused, once."""
+    reasons: dict[str, None] = {}
+    for measurement in (path.measurement for result in run.results for path in result.paths):
+        if measurement.difference is not None and not measurement.difference <= _LARGEST_DIFFERENCE:
+            reasons[f"WRONG: {measurement.name} differs from {DEQUANTIZED} by {measurement.difference:.1%}"] = None
+        if measurement.error:
+            reasons[f"{measurement.name} fails: {measurement.error}"] = None
+        elif measurement.reason:
+            reasons[f"{measurement.name} took the route {measurement.route}: {measurement.reason}"] = None
+    for reason in reasons:
+        console.print(reason, highlight=False, markup=False, soft_wrap=True)
+
+
+def _duration(seconds: float) -> str:
+    for unit, scale in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= scale:
+            return f"{seconds / scale:.3g} {unit}" if seconds < 1000 * scale else f"{seconds / scale:.0f} {unit}"
+    return f"{seconds / 1e-6:.1f} us"
+
+
+def _size(nbytes: int | None) -> str:
+    if nbytes is None:
+        return ""
+    return f"{nbytes / 1e6:.1f} MB"
