@@ -1,6 +1,8 @@
 """Quantized KV caches: the quantized twins of mlx-lm's caches, and how to get from one to the other."""
 
 from qsdpa_patch.caches.base import SAVED_CLASSES, QuantizedCache
+from qsdpa_patch.caches.batch import BatchQuantizedKVCache, BatchQuantizedLatentCache
+from qsdpa_patch.caches.batch_rotating import BatchQuantizedRotatingKVCache
 from qsdpa_patch.caches.chunked import QuantizedChunkedKVCache
 from qsdpa_patch.caches.conversion import is_quantizable, quantized
 from qsdpa_patch.caches.latent import QuantizedLatentCache
@@ -9,6 +11,9 @@ from qsdpa_patch.caches.rotating import QuantizedRotatingKVCache
 
 __all__ = [
     "SAVED_CLASSES",
+    "BatchQuantizedKVCache",
+    "BatchQuantizedLatentCache",
+    "BatchQuantizedRotatingKVCache",
     "QuantizedCache",
     "QuantizedChunkedKVCache",
     "QuantizedKVCache",

@@ -51,8 +51,8 @@ class QuantizedCache(_BaseCache):  # type: ignore[misc] # mlx-lm has no annotati
         TypeError, ValueError: for a format that there is not.
     """
 
-    _counters: ClassVar[tuple[str, ...]] = ("offset",)
-    """Attributes that the state holds beside the buffers."""
+    _counters: ClassVar[dict[str, type]] = {"offset": int}
+    """Attributes that the state holds beside the buffers, and their types."""
 
     keys: Rows | None
     values: Rows | None
@@ -91,23 +91,24 @@ class QuantizedCache(_BaseCache):  # type: ignore[misc] # mlx-lm has no annotati
                 f"a state of {type(self).__qualname__} has {len(self._counters) + 3} entries: {state!r:.200}"
             )
         keys, values, *counters, header = state
-        self.key_format, self.value_format, self._codecs = read_header(header)
-        self._set_buffers(keys, values)
+        content = read_header(header)
+        length = _check_buffers(keys, values, content)
+        for (name, kind), value in zip(self._counters.items(), counters):
+            if type(value) is not kind:
+                raise ValueError(f"the cache is damaged: its {name} is {value!r:.100}")
+        end = self._end(dict(zip(self._counters, counters)))
+        if not 0 <= end <= length:
+            raise ValueError(f"the cache is damaged: its rows end at {end}, its buffers at {length}")
+        self.key_format, self.value_format, self._codecs = content
+        self.keys = None if keys is None else list(keys)
+        self.values = None if values is None else list(values)
         for name, value in zip(self._counters, counters):
             setattr(self, name, value)
 
-    def _set_buffers(self, keys: Any, values: Any) -> None:
-        """Take over buffers that the codecs must be able to read."""
-        if keys is None and values is None:
-            self.keys = self.values = None
-            return
-        if self._codecs is None or keys is None or values is None:
-            raise ValueError("the cache is damaged: it has keys, values and their head dims only in part")
-        for codec, rows in zip(self._codecs, (keys, values)):
-            codec.check(rows)
-        if keys[0].shape[:3] != values[0].shape[:3]:
-            raise ValueError(f"the cache is damaged: keys {keys[0].shape} and values {values[0].shape} differ")
-        self.keys, self.values = list(keys), list(values)
+    @staticmethod
+    def _end(counters: dict[str, Any]) -> int:
+        """Where in the buffers the next row goes."""
+        return int(counters["offset"])
 
     def _buffers(self) -> tuple[Rows, Rows]:
         """Keys and values of a cache that has seen rows."""
@@ -136,7 +137,28 @@ class QuantizedCache(_BaseCache):  # type: ignore[misc] # mlx-lm has no annotati
         key_codec, value_codec = self._codecs
         return key_codec.decode(keys), value_codec.decode(values)
 
+    def _take(self, source: QuantizedCache, keys: Rows, values: Rows) -> None:
+        """Take over stored rows of ``source``."""
+        if source._codecs is not None:
+            self._set_codecs(*source._codecs)
+        self.keys, self.values = keys, values
+
     def _adopt(self, keys: mx.array | None, values: mx.array | None) -> None:
         """Take over the whole buffers of an unquantized cache. Lazy: they are freed when nothing else holds them."""
         if keys is not None and values is not None:
             self.keys, self.values = self._encode(keys[:], values[:])  # array objects of our own, where left plain
+
+
+def _check_buffers(keys: Any, values: Any, header: Header) -> int:
+    """Length of the buffers. Raises ValueError unless the codecs of ``header`` can read them."""
+    if keys is None and values is None:
+        return 0
+    if keys is None or values is None or header.codecs is None:
+        raise ValueError("the cache is damaged: its keys, values and head dims are there only in part")
+    for codec, rows in zip(header.codecs, (keys, values)):
+        if not isinstance(rows, list | tuple) or not all(isinstance(x, mx.array) for x in rows):
+            raise ValueError(f"the cache is damaged: it holds {rows!r:.100} in place of arrays")
+        codec.check(list(rows))
+    if keys[0].shape[:3] != values[0].shape[:3]:
+        raise ValueError(f"the cache is damaged: keys {keys[0].shape} and values {values[0].shape} differ")
+    return int(keys[0].shape[2])

@@ -25,7 +25,7 @@ class QuantizedChunkedKVCache(QuantizedCache):
         chunk_size: how many rows :meth:`maybe_trim_front` leaves.
     """
 
-    _counters: ClassVar[tuple[str, ...]] = ("offset", "chunk_size", "start_position", "_first")
+    _counters: ClassVar[dict[str, type]] = {"offset": int, "chunk_size": int, "start_position": int, "_first": int}
     offset: int
 
     def __init__(
@@ -80,6 +80,10 @@ class QuantizedChunkedKVCache(QuantizedCache):
             self.keys = grow(select(self.keys, first, end), used, length)
             self.values = grow(select(self.values, first, end), used, length)
             self._first = 0
+
+    @staticmethod
+    def _end(counters: dict[str, Any]) -> int:
+        return int(counters["_first"] + counters["offset"] - counters["start_position"])
 
     @classmethod
     def from_cache(

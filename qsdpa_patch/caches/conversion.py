@@ -8,6 +8,8 @@ from typing import Any
 from mlx_lm.models import cache as mlx_lm_cache
 
 from qsdpa_patch.caches.base import DEFAULT_FORMAT
+from qsdpa_patch.caches.batch import BatchQuantizedKVCache, BatchQuantizedLatentCache
+from qsdpa_patch.caches.batch_rotating import BatchQuantizedRotatingKVCache
 from qsdpa_patch.caches.chunked import QuantizedChunkedKVCache
 from qsdpa_patch.caches.latent import QuantizedLatentCache
 from qsdpa_patch.caches.quantized import QuantizedKVCache
@@ -21,10 +23,13 @@ _TWINS: dict[type, type[Any]] = {
     mlx_lm_cache.QuantizedKVCache: QuantizedKVCache,
     mlx_lm_cache.RotatingKVCache: QuantizedRotatingKVCache,
     mlx_lm_cache.ChunkedKVCache: QuantizedChunkedKVCache,
+    mlx_lm_cache.BatchKVCache: BatchQuantizedKVCache,
+    mlx_lm_cache.BatchRotatingKVCache: BatchQuantizedRotatingKVCache,
 }
 _LATENT_TWINS: dict[type, type[Any]] = _TWINS | {
     mlx_lm_cache.KVCache: QuantizedLatentCache,
     mlx_lm_cache.QuantizedKVCache: QuantizedLatentCache,
+    mlx_lm_cache.BatchKVCache: BatchQuantizedLatentCache,
 }
 
 

@@ -6,18 +6,26 @@ from typing import Any, Self
 
 import mlx.core as mx
 
-from qsdpa_patch.caches.base import DEFAULT_FORMAT, saved
+from qsdpa_patch.caches.base import DEFAULT_FORMAT, QuantizedCache, saved
 from qsdpa_patch.caches.packed_rows import Rows
 from qsdpa_patch.caches.quantized import QuantizedKVCache
 from qsdpa_patch.kernels.format import Format
 from qsdpa_patch.kernels.quantized_tensor import QuantizedTensor
 from qsdpa_patch.latent_rope import RopeKeys
 
-__all__ = ["QuantizedLatentCache"]
+__all__ = ["LatentCache", "QuantizedLatentCache"]
+
+
+class LatentCache(QuantizedCache):
+    """A cache whose values are rotary keys: where these are plain, they come back as :class:`RopeKeys`."""
+
+    def _decode(self, keys: Rows, values: Rows) -> tuple[mx.array, mx.array]:
+        latent, rope_keys = super()._decode(keys, values)
+        return latent, rope_keys if isinstance(rope_keys, QuantizedTensor) else RopeKeys(rope_keys)
 
 
 @saved
-class QuantizedLatentCache(QuantizedKVCache):
+class QuantizedLatentCache(LatentCache, QuantizedKVCache):
     """A cache for models with absorbed MLA, which keep the latent as keys and the rotary keys as values.
 
     The latent ``[B, 1, N, R]`` is quantized; the few rotary dims stay in the model's dtype unless ``value_format`` says
@@ -30,9 +38,12 @@ class QuantizedLatentCache(QuantizedKVCache):
     ) -> None:
         super().__init__(key_format, value_format)
 
-    def _decode(self, keys: Rows, values: Rows) -> tuple[mx.array, mx.array]:
-        latent, rope_keys = super()._decode(keys, values)
-        return latent, rope_keys if isinstance(rope_keys, QuantizedTensor) else RopeKeys(rope_keys)
+    @classmethod
+    def merge(cls, caches: list[Any]) -> Any:
+        """A batch cache of these caches, each of one sequence."""
+        from qsdpa_patch.caches.batch import BatchQuantizedLatentCache  # which is made of the class here
+
+        return BatchQuantizedLatentCache.merge(caches)
 
     @classmethod
     def from_cache(

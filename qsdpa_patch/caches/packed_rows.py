@@ -7,10 +7,15 @@ quantized rows, or plain rows alone. Nothing here knows which.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import mlx.core as mx
+from mlx_lm.models.cache import dynamic_roll
 
-__all__ = ["Rows", "Span", "allocate", "capacity", "grow", "join", "next_capacity", "pad", "select", "skip", "write"]
+__all__ = [
+    "Rows", "Span", "allocate", "append", "capacity", "compact", "grow", "join", "next_capacity", "pad", "pick",
+    "roll_each", "select", "skip", "stack", "write",
+]  # fmt: skip
 
 Rows = list[mx.array]
 Span = tuple[int, int]
@@ -50,6 +55,17 @@ def write(rows: Rows, start: int, stop: int, new: Rows) -> None:
         buffer[:, :, start:stop] = x
 
 
+def append(rows: Rows | None, start: int, new: Rows) -> Rows:
+    """Buffers that hold ``new`` from row ``start`` on, and before that what ``rows`` do: the same, unless full."""
+    stop = start + capacity(new)
+    if rows is None:
+        rows = allocate(new, next_capacity(stop))
+    elif stop > capacity(rows):
+        rows = grow(rows, start, next_capacity(stop, capacity(rows)))
+    write(rows, start, stop, new)
+    return rows
+
+
 def select(rows: Rows, start: int, stop: int) -> Rows:
     """Rows ``start`` to ``stop``, as views."""
     return [x[:, :, start:stop] for x in rows]
@@ -60,8 +76,8 @@ def join(rows: Rows, spans: Sequence[Span], new: Rows | None = None) -> Rows:
     pieces = [select(rows, start, stop) for start, stop in spans if start < stop]
     if new is not None:
         pieces.append(new)
-    if len(pieces) == 1:
-        return pieces[0]
+    if len(pieces) < 2:
+        return pieces[0] if pieces else select(rows, 0, 0)
     return [mx.concatenate(list(parts), axis=2) for parts in zip(*pieces)]
 
 
@@ -80,3 +96,23 @@ def pad(rows: Rows, before: int, after: int) -> Rows:
     if before == after == 0:
         return rows
     return [mx.pad(x, [(0, 0), (0, 0), (before, after), (0, 0)]) for x in rows]
+
+
+def pick(rows: Rows, batch_indices: Any) -> Rows:
+    """The sequences ``batch_indices`` of a batch."""
+    return [x[batch_indices] for x in rows]
+
+
+def stack(batches: Sequence[Rows]) -> Rows:
+    """Batches of equally many rows as one batch."""
+    return [mx.concatenate(list(parts)) for parts in zip(*batches)]
+
+
+def roll_each(rows: Rows, shifts: mx.array) -> Rows:
+    """Each sequence of a batch rolled by a number of rows of its own, ``shifts [B]``."""
+    return [dynamic_roll(x, shifts[:, None], axis=2) for x in rows]
+
+
+def compact(rows: Rows) -> Rows:
+    """Arrays of their own in place of views, which keep a whole batch alive."""
+    return [mx.contiguous(x) for x in rows]

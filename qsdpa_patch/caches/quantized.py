@@ -9,7 +9,7 @@ from mlx_lm.models import cache as mlx_lm_cache
 
 from qsdpa_patch.caches.base import DEFAULT_FORMAT, QuantizedCache, saved
 from qsdpa_patch.caches.codec import Codec, fit_codec
-from qsdpa_patch.caches.packed_rows import Rows, allocate, capacity, grow, next_capacity, select, write
+from qsdpa_patch.caches.packed_rows import Rows, append, select
 from qsdpa_patch.kernels.format import Format
 from qsdpa_patch.kernels.quantized_tensor import dequantize_parts
 
@@ -38,24 +38,28 @@ class QuantizedKVCache(QuantizedCache):
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Append ``keys [B, H, S, D]`` and ``values [B, H, S, Dv]``; all rows, as attention gets them."""
-        start = self.offset
-        stop = start + keys.shape[2]
         new_keys, new_values = self._encode(keys, values)
-        if self.keys is None or self.values is None:
-            count = next_capacity(stop)
-            self.keys, self.values = allocate(new_keys, count), allocate(new_values, count)
-        elif stop > capacity(self.keys):
-            count = next_capacity(stop, capacity(self.keys))
-            self.keys, self.values = grow(self.keys, start, count), grow(self.values, start, count)
-        write(self.keys, start, stop, new_keys)
-        write(self.values, start, stop, new_values)
-        self.offset = stop
+        self.keys = append(self.keys, self.offset, new_keys)
+        self.values = append(self.values, self.offset, new_values)
+        self.offset += keys.shape[2]
         return self.keys_and_values()
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
         """All rows, as attention gets them: a :class:`QuantizedTensor`, or plain where the format is ``None``."""
         keys, values = self._buffers()
         return self._decode(select(keys, 0, self.offset), select(values, 0, self.offset))
+
+    def rows_in_time(self, count: int) -> tuple[Rows, Rows]:
+        """The last ``count`` stored rows of keys and of values, oldest first."""
+        keys, values = self._buffers()
+        return select(keys, self.offset - count, self.offset), select(values, self.offset - count, self.offset)
+
+    @classmethod
+    def merge(cls, caches: list[Any]) -> Any:
+        """A batch cache of these caches, each of one sequence."""
+        from qsdpa_patch.caches.batch import BatchQuantizedKVCache  # which is made of the class here
+
+        return BatchQuantizedKVCache.merge(caches)
 
     @classmethod
     def from_cache(

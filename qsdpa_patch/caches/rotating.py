@@ -37,7 +37,7 @@ class QuantizedRotatingKVCache(QuantizedCache):
         keep: how many rows at the start are never dropped.
     """
 
-    _counters: ClassVar[tuple[str, ...]] = ("offset", "keep", "max_size", "_idx")
+    _counters: ClassVar[dict[str, type]] = {"offset": int, "keep": int, "max_size": int, "_idx": int}
     offset: int
 
     def __init__(
@@ -111,6 +111,10 @@ class QuantizedRotatingKVCache(QuantizedCache):
             self.keys, self.values = join(self.keys, spans), join(self.values, spans)
             self._idx = self.max_size
 
+    @staticmethod
+    def _end(counters: dict[str, Any]) -> int:
+        return int(counters["_idx"])
+
     def _spans_in_time(self, length: int) -> list[Span]:
         """The spans of the buffers, ``length`` rows long, that hold rows, oldest first."""
         if self._idx == length:
@@ -126,6 +130,20 @@ class QuantizedRotatingKVCache(QuantizedCache):
         (start, stop), *rest = spans
         kept = min(start + self.keep, stop)
         return [(start, kept), *skip([(kept, stop), *rest], count)]
+
+    def rows_in_time(self, count: int) -> tuple[Rows, Rows]:
+        """The last ``count`` stored rows of keys and of values, oldest first."""
+        keys, values = self._buffers()
+        spans = self._spans_in_time(capacity(keys))
+        spans = skip(spans, sum(stop - start for start, stop in spans) - count)
+        return join(keys, spans), join(values, spans)
+
+    @classmethod
+    def merge(cls, caches: list[Any]) -> Any:
+        """A batch cache of these caches, each of one sequence."""
+        from qsdpa_patch.caches.batch_rotating import BatchQuantizedRotatingKVCache  # which is made of the class here
+
+        return BatchQuantizedRotatingKVCache.merge(caches)
 
     @classmethod
     def from_cache(

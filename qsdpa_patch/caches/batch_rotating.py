@@ -1,0 +1,247 @@
+"""The quantized twin of mlx-lm's ``BatchRotatingKVCache``."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Self
+
+import mlx.core as mx
+from mlx_lm.models import cache as mlx_lm_cache
+
+from qsdpa_patch.caches.base import DEFAULT_FORMAT, saved
+from qsdpa_patch.caches.batch_base import BatchQuantizedCache
+from qsdpa_patch.caches.packed_rows import (
+    Rows,
+    Span,
+    allocate,
+    capacity,
+    compact,
+    grow,
+    join,
+    next_capacity,
+    pick,
+    roll_each,
+    select,
+    skip,
+    write,
+)
+from qsdpa_patch.caches.rotating import QuantizedRotatingKVCache
+from qsdpa_patch.kernels.format import Format
+
+__all__ = ["BatchQuantizedRotatingKVCache"]
+
+
+@saved
+class BatchQuantizedRotatingKVCache(BatchQuantizedCache):
+    """A cache of the last ``max_size`` quantized keys and values of several sequences.
+
+    Behaves as :class:`mlx_lm.models.cache.BatchRotatingKVCache` does, down to the order of the rows. See
+    :class:`QuantizedRotatingKVCache` and :class:`BatchQuantizedCache`.
+
+    Args:
+        max_size: how many rows are kept.
+        left_padding: rows of padding before each sequence.
+    """
+
+    _counters: ClassVar[dict[str, type]] = {
+        "offset": mx.array, "left_padding": mx.array, "max_size": int, "_offset": int, "_idx": int, "rotated": bool,
+    }  # fmt: skip
+    _lengths: mx.array | None = None  # up to which the sequences will be right-padded, until finalize
+
+    def __init__(
+        self,
+        max_size: int,
+        left_padding: list[int],
+        key_format: Format | str | None = DEFAULT_FORMAT,
+        value_format: Format | str | None = "same",
+    ) -> None:
+        super().__init__(left_padding, key_format, value_format)
+        self.max_size = max_size
+        self.rotated = False
+        self._offset = 0
+
+    make_mask = mlx_lm_cache.BatchRotatingKVCache.make_mask
+    is_trimmable = mlx_lm_cache.BatchRotatingKVCache.is_trimmable
+    size = mlx_lm_cache.BatchRotatingKVCache.size
+    trim = mlx_lm_cache.BatchRotatingKVCache.trim
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Append ``keys [B, H, S, D]`` and ``values [B, H, S, Dv]``; the rows kept, as attention gets them.
+
+        Raises:
+            RuntimeError: a single row between :meth:`prepare` with right padding and :meth:`finalize`.
+        """
+        count = keys.shape[2]
+        if count == 1 and self._lengths is not None:
+            raise RuntimeError(f"finalize() comes before decoding with {type(self).__qualname__}")
+        new_keys, new_values = self._encode(keys, values)
+        if count == 1:
+            self._write_one(new_keys, new_values)
+        else:
+            self._append(new_keys, new_values)
+        self.offset = self.offset + count
+        self._offset += count
+        # The counters are evaluated with the rows: their graphs would grow without end otherwise.
+        self.keys = mx.depends(self._buffers()[0], (self.left_padding, self.offset))
+        return self.keys_and_values()
+
+    def keys_and_values(self) -> tuple[mx.array, mx.array]:
+        """The rows kept, as attention gets them: a :class:`QuantizedTensor`, or plain where the format is ``None``."""
+        keys, values = self._buffers()
+        if self._offset < capacity(keys):
+            return self._decode(select(keys, 0, self._offset), select(values, 0, self._offset))
+        return self._decode(keys, values)
+
+    def _append(self, new_keys: Rows, new_values: Rows) -> None:
+        if self.keys is None or self.values is None:
+            self.keys, self.values = new_keys, new_values
+        else:
+            if self._lengths is not None:
+                self._put_in_time()
+                self._roll_to(self._lengths)
+            # The first new row still sees max_size rows, itself included.
+            spans = self._spans_in_time()
+            surplus = sum(stop - start for start, stop in spans) - self.max_size + 1
+            if surplus > 0:
+                self.left_padding = self.left_padding - surplus
+            spans = skip(spans, surplus)
+            keys, values = self._buffers()
+            self.keys, self.values = join(keys, spans, new_keys), join(values, spans, new_values)
+            self.rotated = False
+        self._idx = capacity(self.keys)
+
+    def _write_one(self, new_keys: Rows, new_values: Rows) -> None:
+        self._make_room(new_keys, new_values)
+        if self._idx == self.max_size:
+            self.rotated = True
+            self._idx = 0
+        if self.rotated:
+            self.left_padding = self.left_padding - 1
+        keys, values = self._buffers()
+        write(keys, self._idx, self._idx + 1, new_keys)
+        write(values, self._idx, self._idx + 1, new_values)
+        self._idx += 1
+
+    def _make_room(self, new_keys: Rows, new_values: Rows) -> None:
+        """Buffers that end behind row ``_idx``, or hold exactly ``max_size`` rows."""
+        if self.keys is None or self.values is None:
+            count = min(next_capacity(1), self.max_size)
+            self.keys, self.values = allocate(new_keys, count), allocate(new_values, count)
+            self._idx = 0
+            return
+        length = capacity(self.keys)
+        if length < self.max_size and self._offset >= length:
+            count = min(next_capacity(length + 1, length), self.max_size)
+            self.keys, self.values = grow(self.keys, length, count), grow(self.values, length, count)
+            self._idx = self._offset
+        elif length > self.max_size:  # a long update left more rows than are kept
+            surplus = length - self.max_size
+            self.keys, self.values = select(self.keys, surplus, length), select(self.values, surplus, length)
+            self.left_padding = self.left_padding - surplus
+            self._idx = self.max_size
+
+    def _spans_in_time(self) -> list[Span]:
+        """The spans of the buffers that hold rows, oldest first."""
+        if self.rotated:
+            return [(self._idx, capacity(self._buffers()[0])), (0, self._idx)]
+        return [(0, self._idx)]
+
+    def _put_in_time(self) -> None:
+        """Bring the rows into the order of time."""
+        keys, values = self._buffers()
+        spans = self._spans_in_time()
+        self.keys, self.values = join(keys, spans), join(values, spans)
+        self._idx = capacity(self.keys)
+        self.rotated = False
+
+    def _roll_to(self, lengths: mx.array) -> None:
+        """Move what lies beyond ``lengths`` in each sequence, padding, to its start."""
+        surplus = mx.maximum(0, self.offset - lengths)
+        keys, values = self._buffers()
+        self.keys, self.values = roll_each(keys, surplus), roll_each(values, surplus)
+        self.left_padding = self.left_padding + surplus
+        self.offset = self.offset - surplus
+
+    def prepare(
+        self,
+        *,
+        left_padding: list[int] | None = None,
+        lengths: list[int] | None = None,
+        right_padding: list[int] | None = None,
+    ) -> None:
+        """Announce padding: on the left of an empty cache, or on the right of the rows to come until :meth:`finalize`.
+
+        ``lengths`` are those of the rows to come, without their padding.
+
+        Raises:
+            ValueError: left padding for a cache that has rows, or right padding without ``lengths``.
+        """
+        if left_padding is not None:
+            self._add_left_padding(left_padding)
+        if right_padding is not None and max(right_padding) > 0:
+            if lengths is None:
+                raise ValueError("right_padding takes lengths with it")
+            self._lengths = mx.array(lengths) + self.offset
+
+    def finalize(self) -> None:
+        """Move the right padding that was announced to the left."""
+        if self._lengths is not None:
+            self._roll_to(self._lengths)
+            self._lengths = None
+
+    def filter(self, batch_indices: Any) -> None:
+        """Keep the sequences ``batch_indices``."""
+        if self.keys is not None and self.values is not None:
+            self.keys, self.values = pick(self.keys, batch_indices), pick(self.values, batch_indices)
+        self.offset = self.offset[batch_indices]
+        self.left_padding = self.left_padding[batch_indices]
+
+    def extend(self, other: Any) -> None:
+        """Add the sequences of ``other``, a cache of the same class, size and formats."""
+        if self.rotated != other.rotated or self._idx != other._idx:
+            for cache in (self, other):
+                if cache.rotated:
+                    cache._put_in_time()
+        self._extend(other)
+        self._offset = max(self._offset, other._offset)
+
+    def extract(self, idx: int) -> Any:
+        """The sequence ``idx`` as a cache of its own."""
+        cache = QuantizedRotatingKVCache(self.max_size, 0, self.key_format, self.value_format)
+        if self.keys is None or self.values is None:
+            return cache
+        paddings: Any = self.left_padding.tolist()
+        offsets: Any = self.offset.tolist()
+        spans = skip(self._spans_in_time(), max(0, paddings[idx]))
+        cache.offset = offsets[idx]
+        keys, values = (join(pick(rows, slice(idx, idx + 1)), spans) for rows in (self.keys, self.values))
+        cache._take(self, compact(keys), compact(values))
+        cache._idx = capacity(keys)
+        return cache
+
+    @classmethod
+    def merge(cls, caches: list[Any]) -> Self:
+        """A batch of single caches, empty ones included.
+
+        Raises:
+            TypeError, ValueError: caches of another class, or of different sizes or formats.
+        """
+        longest = max(cache.size() for cache in caches)
+        padding = [longest - cache.size() for cache in caches]
+        batch = cls(caches[0].max_size, padding, caches[0].key_format, caches[0].value_format)
+        batch._fill(caches, QuantizedRotatingKVCache)
+        if any(cache.max_size != batch.max_size for cache in caches):
+            raise ValueError(f"caches of the sizes {[cache.max_size for cache in caches]} make no batch")
+        batch._offset = longest
+        return batch
+
+    @classmethod
+    def from_cache(
+        cls, cache: Any, key_format: Format | str | None = DEFAULT_FORMAT, value_format: Format | str | None = "same"
+    ) -> Self:
+        """A cache with the contents of mlx-lm's ``BatchRotatingKVCache``, row for row, in these formats."""
+        quantized = cls(cache.max_size, [], key_format, value_format)
+        quantized.left_padding, quantized.offset = mx.array(cache.left_padding), mx.array(cache.offset)
+        quantized._idx, quantized._offset, quantized.rotated = cache._idx, cache._offset, cache.rotated
+        quantized._lengths = cache._lengths
+        quantized._adopt(cache.keys, cache.values)
+        return quantized
