@@ -134,7 +134,7 @@ static void mask_scores(const plan *p, const piece *w, long first, long count, f
 
 /* Scores to weights, against the running peak of each row; the running totals and the decay of what is summed so far.
    False when no weight of the tile is positive. */
-static int soften_scores(long rows, float *scores, float *peak, float *total, float *decay) {
+__attribute__((noinline)) static int soften_scores(long rows, float *scores, float *peak, float *total, float *decay) {
   int any = 0;
   for (long r = 0; r < rows; r++, scores += TILE) {
     vf high = load(scores);

@@ -173,7 +173,7 @@ INLINE void unpack_key_blocks(int kind, int bits, const packed *p, const uint32_
 
 /* Keys first .. first + count as [dim][TILE] in `to`; zeros for the keys after them. `work`: floats for words and
    scales, (words + 4 * groups) * TILE of them. */
-static void unpack_keys(const packed *p, long sequence, long head, long first, long count, float *work, float *to) {
+__attribute__((noinline)) static void unpack_keys(const packed *p, long sequence, long head, long first, long count, float *work, float *to) {
   const long groups = p->dim / p->group_size, words = p->dim * p->bits / 32;
   uint32_t *transposed = (uint32_t *)work;
   float *rows = work + words * TILE, *scales = rows + 2 * groups * TILE, *biases = scales + groups * TILE;
@@ -195,69 +195,69 @@ static void unpack_keys(const packed *p, long sequence, long head, long first, l
 
 /* ---- values ---- */
 
-/* Lane i of the result: the 32 bits that hold its code from bit (i % per_window) * bits on. */
-INLINE vu windows(const uint32_t *w, int per_window) {
-  vu v;
-  UNROLL for (int i = 0; i < LANES; i++) v[i] = w[i / per_window];
-  return v;
+INLINE uint64_t bytes_at(const uint8_t *p, int count) {
+  uint64_t x = 0;
+  memcpy(&x, p, (size_t)count);
+  return x;
 }
 
-/* Eight dimensions of `bits` bits in the low bits of the result. Reads 8 bytes within the row: those that end with
-   the eight dimensions, but for the first. */
-INLINE uint64_t eight_codes(const uint8_t *row, long d, int bits) {
-  uint64_t x;
-  if (d == 0) {
-    memcpy(&x, row, 8);
-    return x;
-  }
-  memcpy(&x, row + (d / 8 + 1) * bits - 8, 8);
-  return x >> (64 - 8 * bits);
+/* The first or second eight of sixteen dimensions, in the low bits of the result. Reads nothing but the sixteen. */
+INLINE uint64_t eight_codes(const uint8_t *sixteen, int second, int bits) {
+  if (2 * bits < 8) return bytes_at(sixteen, 2 * bits) >> (second ? 8 * bits : 0);
+  return second ? bytes_at(sixteen + 2 * bits - 8, 8) >> (64 - 8 * bits) : bytes_at(sixteen, 8);
 }
 
-/* Dimensions d .. d + LANES of a row. */
-INLINE vu value_codes(int bits, const uint8_t *row, long d) {
-  if (bits == 8) {
-    typedef uint8_t bytes __attribute__((vector_size(LANES)));
-    bytes b;
-    memcpy(&b, row + d, sizeof b);
-    return __builtin_convertvector(b, vu);
-  }
+/* Lane i holds its code in the bits from shift * (i % period) on. */
+INLINE vu shifted_codes(vu words, int shift, int period, int bits) {
   vu shifts;
-  uint32_t w[LANES];
-  if (bits == 4 && LANES >= 8) {
-    UNROLL for (int i = 0; i < LANES; i++) shifts[i] = (uint32_t)(i % 8 * 4);
-    memcpy(w, row + d / 2, LANES / 2);
-    return (windows(w, 8) >> shifts) & 15u;
+  UNROLL for (int i = 0; i < LANES; i++) shifts[i] = (uint32_t)(i % period * shift);
+  return (words >> shifts) & ((1u << bits) - 1);
+}
+
+INLINE vu splat_word(uint32_t x) { return (vu){0} + x; }
+
+/* Dimensions i .. i + LANES of the sixteen whose codes start at `from`; i is a multiple of LANES. */
+INLINE vu value_codes(int bits, const uint8_t *from, int i) {
+  if (bits == 2) return shifted_codes(splat_word((uint32_t)bytes_at(from, 4) >> 2 * i), 2, LANES, 2);
+#if LANES == 16
+  typedef uint64_t vu64 __attribute__((vector_size(64)));
+  if (bits == 4) {
+    const vu pairs = (vu)((vu64){0} + bytes_at(from, 8));
+    return shifted_codes(__builtin_shufflevector(pairs, pairs, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1), 4, 8, 4);
   }
-  if (bits == 2 && LANES == 16) {
-    UNROLL for (int i = 0; i < LANES; i++) shifts[i] = (uint32_t)(i * 2);
-    memcpy(w, row + d / 4, 4);
-    return (windows(w, 16) >> shifts) & 3u;
+  uint64_t x[2];
+  UNROLL for (int k = 0; k < 2; k++) {
+    x[k] = eight_codes(from, k, bits);
+    if (bits < 8) x[k] = (x[k] & 0xffffffffu) | x[k] >> (4 * bits) << 32; /* four codes in each half */
   }
-  UNROLL for (int i = 0; i < LANES; i++) shifts[i] = (uint32_t)(i % 4 * bits);
-  if (LANES == 4) {
-    w[0] = (uint32_t)(eight_codes(row, d / 8 * 8, bits) >> (d % 8 * bits));
-  } else {
-    UNROLL for (int i = 0; i < LANES / 8; i++) {
-      const uint64_t x = eight_codes(row, d + 8 * i, bits);
-      w[2 * i] = (uint32_t)x;
-      w[2 * i + 1] = (uint32_t)(x >> (4 * bits));
-    }
-  }
-  return (windows(w, 4) >> shifts) & ((1u << bits) - 1);
+  const vu low = (vu)((vu64){0} + x[0]), high = (vu)((vu64){0} + x[1]);
+  const vu words = __builtin_shufflevector(low, high, 0, 0, 0, 0, 1, 1, 1, 1, 16, 16, 16, 16, 17, 17, 17, 17);
+  return shifted_codes(words, bits, 4, bits);
+#elif LANES == 8
+  typedef uint64_t vu64 __attribute__((vector_size(32)));
+  if (bits == 4) return shifted_codes(splat_word((uint32_t)bytes_at(from + i / 2, 4)), 4, 8, 4);
+  uint64_t x = eight_codes(from, i / 8, bits);
+  if (bits < 8) x = (x & 0xffffffffu) | x >> (4 * bits) << 32;
+  const vu halves = (vu)((vu64){0} + x);
+  return shifted_codes(__builtin_shufflevector(halves, halves, 0, 0, 0, 0, 1, 1, 1, 1), bits, 4, bits);
+#else
+  if (bits == 8) return shifted_codes(splat_word((uint32_t)bytes_at(from + i, 4)), 8, 4, 8);
+  if (bits == 4) return shifted_codes(splat_word((uint32_t)bytes_at(from + i / 8 * 4, 4) >> i % 8 * 4), 4, 4, 4);
+  return shifted_codes(splat_word((uint32_t)(eight_codes(from, i / 8, bits) >> i % 8 * bits)), bits, 4, bits);
+#endif
 }
 
 INLINE void unpack_value_rows(int kind, int bits, const packed *p, const uint8_t *codes, long count,
                               const float *scales, const float *biases, float *to) {
-  const long dim = p->dim, groups = dim / p->group_size, row = p->codes.row, size = p->group_size;
+  const long groups = p->dim / p->group_size, sixteens = p->group_size / 16;
   for (long t = 0; t < count; t++) {
-    const uint8_t *from = codes + t * row;
+    const uint8_t *from = codes + t * p->codes.row;
     for (long g = 0; g < groups; g++) {
-      const vf scale = splat(scales[t * groups + g]), bias = splat(biases[t * groups + g]);
-      for (long d = g * size; d < (g + 1) * size; d += 16) {
-        UNROLL for (int i = 0; i < 16; i += LANES) {
-          const vf value = decode(value_codes(bits, from, d + i), kind);
-          store(to + t * dim + d + i, kind == AFFINE ? value * scale + bias : value * scale);
+      const vf scale = splat(*scales++), bias = splat(*biases++);
+      for (long k = 0; k < sixteens; k++, from += 2 * bits) {
+        UNROLL for (int i = 0; i < 16; i += LANES, to += LANES) {
+          const vf value = decode(value_codes(bits, from, i), kind);
+          store(to, kind == AFFINE ? value * scale + bias : value * scale);
         }
       }
     }
@@ -265,7 +265,7 @@ INLINE void unpack_value_rows(int kind, int bits, const packed *p, const uint8_t
 }
 
 /* Values first .. first + count as [count][dim] in `to`. `work`: 2 * groups * TILE floats. */
-static void unpack_values(const packed *p, long sequence, long head, long first, long count, float *work, float *to) {
+__attribute__((noinline)) static void unpack_values(const packed *p, long sequence, long head, long first, long count, float *work, float *to) {
   const uint8_t *codes = row_of(&p->codes, sequence, head, first);
   float *scales = work, *biases = work + p->dim / p->group_size * TILE;
   load_scales(p, sequence, head, first, count, scales, biases);
