@@ -48,7 +48,9 @@ def make_maybe_quantize_kv_cache(original: Callable[..., None]) -> Callable[...,
         if kv_bits is None:
             return
         for index, cache in enumerate(prompt_cache):
-            if type(cache) in _CONVERTIBLE and _position(cache) >= quantized_kv_start:
+            if type(cache) not in _CONVERTIBLE:
+                _note_kept(cache)
+            elif _position(cache) >= quantized_kv_start:
                 prompt_cache[index] = quantize_cache(cache, kv_bits, kv_group_size, index)
 
     return maybe_quantize_kv_cache
@@ -84,6 +86,7 @@ def quantize_cache(cache: Any, bits: int, group_size: int, index: int = 0, part:
         cache.caches = tuple(members)
         return cache
     if type(cache) not in _CONVERTIBLE:
+        _note_kept(cache)
         return cache
     plan = _plan(cache, tag, index, part)
     model_type, kind = (tag.model_type, tag.kind) if tag else (_UNTAGGED, kind_of(cache))
@@ -111,6 +114,16 @@ def _looks_latent(cache: Any) -> bool:
         keys is not None and keys.ndim == 4 and keys.shape[1] == 1
         and keys.shape[-1] >= 256 and 0 < values.shape[-1] * 4 <= keys.shape[-1]
     )  # fmt: skip
+
+
+def _note_kept(cache: Any) -> None:
+    """Say why a cache that :data:`_CONVERTIBLE` does not list stays as it is, unless it is a quantized one."""
+    tag = tag_of(cache)
+    if tag is None or hasattr(cache, "key_format"):
+        return
+    what = type(cache).__name__
+    reason = "a recurrent state, no keys and values" if what == "ArraysCache" else f"a {what} has no quantized twin"
+    recorder.note(tag.model_type, tag.kind, f"kept unquantized: {reason}")
 
 
 def _note_own_attention(model_type: str, kind: str) -> None:

@@ -16,11 +16,14 @@ from qsdpa_patch.kernels.attention_call import RopeTerm, check_call
 from qsdpa_patch.kernels.format import Format
 from qsdpa_patch.kernels.quantized_tensor import QuantizedTensor
 from qsdpa_patch.latent_rope import RopeScores
-from qsdpa_patch.layer_tags import tag_of
+from qsdpa_patch.layer_tags import kind_of, tag_of
 from qsdpa_patch.report import recorder
 from qsdpa_patch.routes import Caller, Router
 
-__all__ = ["make_dispatcher", "quantized_scaled_dot_product_attention", "router"]
+__all__ = ["READ_AS_ARRAYS", "make_dispatcher", "quantized_scaled_dot_product_attention", "router"]
+
+READ_AS_ARRAYS = "the model's own code works on keys or values between cache and attention: dequantized arrays"
+"""Why a call over a quantized cache goes to mlx-lm's attention."""
 
 router = Router()
 """The router of the process; its settings are those of ``enable``."""
@@ -47,7 +50,10 @@ def make_dispatcher(original: Callable[..., mx.array]) -> Callable[..., mx.array
     ) -> mx.array:
         if type(keys) is array and type(values) is array:
             module = frame(1).f_globals["__name__"]
-            stock_calls[module] = stock_calls.get(module, 0) + 1
+            if hasattr(cache, "key_format"):  # a quantized cache of ours
+                _record_arrays(queries, keys, _caller(cache, module))
+            else:
+                stock_calls[module] = stock_calls.get(module, 0) + 1
             if hasattr(cache, "bits"):  # plain arrays all the same: the original would take them for quantized ones
                 cache = None
             return original(queries, keys, values, cache, scale, mask, sinks)
@@ -58,7 +64,8 @@ def make_dispatcher(original: Callable[..., mx.array]) -> Callable[..., mx.array
             return original(queries, keys, values, cache, scale, mask, sinks)
         keys, values = _as_tensors(queries, keys, values, cache)
         if type(keys) is not QuantizedTensor or type(values) is not QuantizedTensor:
-            return original(queries, keys, values, None, scale, mask, sinks)  # one side is plain: both are arrays
+            _record_arrays(queries, keys, caller)  # one side is plain: both are read as arrays
+            return original(queries, keys, values, None, scale, mask, sinks)
         rope = None
         if type(mask) is RopeScores:
             rope, mask = RopeTerm(mask.queries, mask.keys), None
@@ -104,8 +111,14 @@ def _caller(cache: Any, module: str) -> Caller:
     tag = tag_of(cache)
     if tag is not None:
         return Caller(tag.model_type, tag.kind)
-    kind = "shared" if cache is None else type(cache).__name__
+    kind = "shared" if cache is None else kind_of(cache)
     return Caller(module.removeprefix("mlx_lm.models."), kind)
+
+
+def _record_arrays(queries: mx.array, keys: mx.array, caller: Caller) -> None:
+    """Count a call over a quantized cache whose rows the model read on their way here."""
+    example = f"q {list(queries.shape)} k {list(keys.shape)}"
+    recorder.record(caller.model_type, caller.layer_kind, "stock", READ_AS_ARRAYS, example)
 
 
 def _is_foreign(cache: Any, caller: Caller) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["LayerTag", "declared_model_type", "module_model_type", "set_tag", "tag_caches", "tag_of"]
+__all__ = ["LayerTag", "declared_model_type", "kind_of", "module_model_type", "set_tag", "tag_caches", "tag_of"]
 
 _ATTRIBUTE = "_qsdpa_layer"
 
@@ -18,6 +18,13 @@ _KINDS = {
     "ChunkedKVCache": "chunked",
     "ArraysCache": "recurrent",
     "CacheList": "list",
+    "QSDPAQuantizedKVCache": "full",
+    "QSDPABatchQuantizedKVCache": "full",
+    "QSDPAQuantizedRotatingKVCache": "sliding",
+    "QSDPABatchQuantizedRotatingKVCache": "sliding",
+    "QSDPAQuantizedChunkedKVCache": "chunked",
+    "QSDPAQuantizedLatentCache": "latent",
+    "QSDPABatchQuantizedLatentCache": "latent",
 }
 
 

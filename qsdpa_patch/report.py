@@ -106,8 +106,9 @@ class Recorder:
 
     def note(self, model_type: str, layer_kind: str, note: str) -> None:
         """Remember a decision about a kind of layer."""
-        with self._lock:
-            self._notes[model_type, layer_kind, note] = None
+        if (model_type, layer_kind, note) not in self._notes:
+            with self._lock:
+                self._notes[model_type, layer_kind, note] = None
 
     def reset(self) -> None:
         """Forget everything."""
