@@ -1,0 +1,346 @@
+  // One threadgroup: one split of the keys of one key head, for up to 8 * ROW_TILES of the rows (query head, position)
+  // that share it. TEAM false: each simdgroup takes tiles of keys of its own, keeps the whole output in registers, and
+  // they are merged at the end. TEAM true: the output's dims are shared out over the simdgroups, which exchange their
+  // weights at each tile.
+  constexpr int ROWS = 8 * ROW_TILES;
+  constexpr int TILE = 8 * KEY_TILES;  // keys that a simdgroup takes at a time
+  constexpr int VALUE_CHUNKS = VALUE_DIM / 32;
+  constexpr int CHUNKS = TEAM ? (VALUE_CHUNKS + SIMDGROUPS - 1) / SIMDGROUPS : VALUE_CHUNKS;  // of one simdgroup
+  constexpr int WEIGHT_FRAGMENTS = TEAM ? SIMDGROUPS * KEY_TILES * ROW_TILES : 1;
+  constexpr int UNITS = 2;  // chunks of output merged at a time
+  constexpr int SHARED = TEAM ? WEIGHT_FRAGMENTS * 64 : SIMDGROUPS * UNITS * 256;
+
+  threadgroup float shared[SHARED];
+  threadgroup float peaks[SIMDGROUPS * ROWS];
+  threadgroup float totals[SIMDGROUPS * ROWS];
+
+  const int lane = int(thread_index_in_simdgroup);
+  const int simdgroup = int(simdgroup_index_in_threadgroup);
+  const FragmentPosition at = fragment_position(lane);
+
+  const int query_heads = queries_shape[1];
+  const int length = queries_shape[2];
+  const int kv_heads = key_codes_shape[1];
+  const int count = key_codes_shape[2];
+  const int group = query_heads / kv_heads;
+  const int row_count = group * length;
+  const int blocks = (row_count + ROWS - 1) / ROWS;
+  const int splits = int(threadgroups_per_grid.x);
+  const int split = int(threadgroup_position_in_grid.x);
+  const int kv_head = int(threadgroup_position_in_grid.y) / blocks;
+  const int first_row = (int(threadgroup_position_in_grid.y) % blocks) * ROWS;
+  const int batch = int(threadgroup_position_in_grid.z);
+
+  const auto key_codes_head = key_codes + batch * key_codes_strides[0] + kv_head * key_codes_strides[1];
+  const auto key_scales_head = key_scales + batch * key_scales_strides[0] + kv_head * key_scales_strides[1];
+  const auto key_biases_head = key_biases + batch * key_biases_strides[0] + kv_head * key_biases_strides[1];
+  const auto value_codes_head = value_codes + batch * value_codes_strides[0] + kv_head * value_codes_strides[1];
+  const auto value_scales_head = value_scales + batch * value_scales_strides[0] + kv_head * value_scales_strides[1];
+  const auto value_biases_head = value_biases + batch * value_biases_strides[0] + kv_head * value_biases_strides[1];
+
+  // Rows past the last are computed as copies of it and not stored.
+  int64_t row_of_output[ROW_TILES];
+  int position[ROW_TILES];
+#if HAS_MASK
+  int64_t mask_offset[ROW_TILES];
+  const int64_t mask_key_stride = mask_shape[3] == 1 ? 0 : mask_strides[3];
+#endif
+  MLX_MTL_PRAGMA_UNROLL
+  for (int r = 0; r < ROW_TILES; r++) {
+    const int row = min(first_row + 8 * r + at.row, row_count - 1);
+    position[r] = row % length;
+    row_of_output[r] = (int64_t(batch) * query_heads + kv_head * group) * length + row;
+#if HAS_MASK
+    const int head = kv_head * group + row / length;
+    mask_offset[r] = (mask_shape[0] == 1 ? 0 : batch * mask_strides[0]) +
+        (mask_shape[1] == 1 ? 0 : head * mask_strides[1]) + (mask_shape[2] == 1 ? 0 : position[r] * mask_strides[2]);
+#endif
+  }
+
+  float2 out[ROW_TILES * 4 * CHUNKS];
+  float peak[ROW_TILES];
+  float total[ROW_TILES];
+  MLX_MTL_PRAGMA_UNROLL
+  for (int r = 0; r < ROW_TILES; r++) {
+    peak[r] = Limits<float>::finite_min;
+    total[r] = 0.0f;
+    MLX_MTL_PRAGMA_UNROLL
+    for (int i = 0; i < 4 * CHUNKS; i++) {
+      out[r * 4 * CHUNKS + i] = float2(0.0f);
+    }
+  }
+
+  constexpr int STEP = SIMDGROUPS * TILE;
+  const int tiles = (count + TILE - 1) / TILE;
+  const int begin = (tiles + splits - 1) / splits * split * TILE;
+  const int end = min(count, (tiles + splits - 1) / splits * (split + 1) * TILE);
+
+  for (int base = begin; base < end; base += STEP) {
+    const int tile = base + simdgroup * TILE;
+    if (!TEAM && tile >= end) {
+      break;
+    }
+
+    // Scores of this simdgroup's keys.
+    float2 scores[ROW_TILES][KEY_TILES];
+    MLX_MTL_PRAGMA_UNROLL
+    for (int r = 0; r < ROW_TILES; r++) {
+      MLX_MTL_PRAGMA_UNROLL
+      for (int k = 0; k < KEY_TILES; k++) {
+        scores[r][k] = float2(0.0f);
+      }
+    }
+    for (int chunk = 0; chunk < (KEY_DIM + 63) / 64; chunk++) {
+      const int pack = 8 * chunk + at.row;
+      MLX_MTL_PRAGMA_UNROLL
+      for (int k = 0; k < KEY_TILES; k++) {
+        float numbers[2][8] = {};
+        MLX_MTL_PRAGMA_UNROLL
+        for (int i = 0; i < 2; i++) {
+          const int64_t key = min(tile + 8 * k + at.column + i, count - 1);
+          if (KEY_DIM % 64 == 0 || pack < KEY_DIM / 8) {
+            dequantize_pack<KEY_MODE, KEY_BITS, KEY_GROUP>(
+                key_codes_head + key * key_codes_strides[2], key_scales_head + key * key_scales_strides[2],
+                key_biases_head + key * key_biases_strides[2], pack, numbers[i]);
+          }
+        }
+        MLX_MTL_PRAGMA_UNROLL
+        for (int r = 0; r < ROW_TILES; r++) {
+          float q[16];
+          load_query<KEY_DIM>(queries + row_of_output[r] * KEY_DIM, 8 * chunk + at.column, q);
+          add_scores(scores[r][k], q, numbers[0], numbers[1]);
+        }
+      }
+    }
+    MLX_MTL_PRAGMA_UNROLL
+    for (int r = 0; r < ROW_TILES; r++) {
+      MLX_MTL_PRAGMA_UNROLL
+      for (int k = 0; k < KEY_TILES; k++) {
+        scores[r][k] *= scale;
+      }
+    }
+#if HAS_ROPE
+    for (int chunk = 0; chunk < (ROPE_DIM + 63) / 64; chunk++) {
+      const int pack = 8 * chunk + at.row;
+      MLX_MTL_PRAGMA_UNROLL
+      for (int k = 0; k < KEY_TILES; k++) {
+        float numbers[2][8] = {};
+        MLX_MTL_PRAGMA_UNROLL
+        for (int i = 0; i < 2; i++) {
+          const int64_t key = min(tile + 8 * k + at.column + i, count - 1);
+          const auto row = rope_keys + batch * rope_keys_strides[0] + key * rope_keys_strides[2];
+          MLX_MTL_PRAGMA_UNROLL
+          for (int e = 0; e < 8; e++) {
+            if (ROPE_DIM % 64 == 0 || pack < ROPE_DIM / 8) {
+              numbers[i][e] = float(row[8 * pack + e]);
+            }
+          }
+        }
+        MLX_MTL_PRAGMA_UNROLL
+        for (int r = 0; r < ROW_TILES; r++) {
+          float q[16];
+          load_query<ROPE_DIM>(rope_queries + row_of_output[r] * ROPE_DIM, 8 * chunk + at.column, q);
+          add_scores(scores[r][k], q, numbers[0], numbers[1]);
+        }
+      }
+    }
+#endif
+
+    // Mask, and the running peak of each row.
+    float new_peak[ROW_TILES];
+    MLX_MTL_PRAGMA_UNROLL
+    for (int r = 0; r < ROW_TILES; r++) {
+      float highest = peak[r];
+      MLX_MTL_PRAGMA_UNROLL
+      for (int k = 0; k < KEY_TILES; k++) {
+        MLX_MTL_PRAGMA_UNROLL
+        for (int i = 0; i < 2; i++) {
+          const int key = tile + 8 * k + at.column + i;
+          bool visible = key < end;
+#if IS_CAUSAL
+          visible = visible && key <= count - length + position[r];
+#endif
+#if HAS_MASK
+          const auto mask_value = mask[mask_offset[r] + min(key, count - 1) * mask_key_stride];
+#if MASK_IS_BOOL
+          visible = visible && mask_value;
+#else
+          scores[r][k][i] += float(mask_value);
+#endif
+#endif
+          scores[r][k][i] = visible ? scores[r][k][i] : -numeric_limits<float>::infinity();
+          highest = max(highest, scores[r][k][i]);
+        }
+      }
+      new_peak[r] = row_max(highest);
+    }
+    if (TEAM) {
+      MLX_MTL_PRAGMA_UNROLL
+      for (int r = 0; r < ROW_TILES; r++) {
+        if (at.column == 0) {
+          peaks[simdgroup * ROWS + 8 * r + at.row] = new_peak[r];
+        }
+      }
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+      MLX_MTL_PRAGMA_UNROLL
+      for (int r = 0; r < ROW_TILES; r++) {
+        for (int s = 0; s < SIMDGROUPS; s++) {
+          new_peak[r] = max(new_peak[r], peaks[s * ROWS + 8 * r + at.row]);
+        }
+      }
+    }
+
+    // Weights; what is summed so far becomes relative to the new peak.
+    MLX_MTL_PRAGMA_UNROLL
+    for (int r = 0; r < ROW_TILES; r++) {
+      const float decay = fast::exp(peak[r] - new_peak[r]);
+      peak[r] = new_peak[r];
+      total[r] *= decay;
+      MLX_MTL_PRAGMA_UNROLL
+      for (int i = 0; i < 4 * CHUNKS; i++) {
+        out[r * 4 * CHUNKS + i] *= decay;
+      }
+      MLX_MTL_PRAGMA_UNROLL
+      for (int k = 0; k < KEY_TILES; k++) {
+        scores[r][k] = float2(fast::exp(scores[r][k][0] - peak[r]), fast::exp(scores[r][k][1] - peak[r]));
+        total[r] += scores[r][k][0] + scores[r][k][1];
+      }
+    }
+
+    // Output += weights times values.
+    if (TEAM) {
+      MLX_MTL_PRAGMA_UNROLL
+      for (int r = 0; r < ROW_TILES; r++) {
+        MLX_MTL_PRAGMA_UNROLL
+        for (int k = 0; k < KEY_TILES; k++) {
+          const int fragment = (simdgroup * KEY_TILES + k) * ROW_TILES + r;
+          shared[64 * fragment + 8 * at.row + at.column] = scores[r][k][0];
+          shared[64 * fragment + 8 * at.row + at.column + 1] = scores[r][k][1];
+        }
+      }
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+      const int fragments = min(SIMDGROUPS * KEY_TILES, (end - base + 7) / 8);
+      for (int k = 0; k < fragments; k++) {
+        float2 weights[ROW_TILES];
+        MLX_MTL_PRAGMA_UNROLL
+        for (int r = 0; r < ROW_TILES; r++) {
+          const int element = 64 * (k * ROW_TILES + r) + 8 * at.row + at.column;
+          weights[r] = float2(shared[element], shared[element + 1]);
+        }
+        const int64_t key = min(base + 8 * k + at.row, count - 1);
+        add_values<VALUE_MODE, VALUE_BITS, VALUE_GROUP, VALUE_CHUNKS, ROW_TILES, CHUNKS>(
+            value_codes_head + key * value_codes_strides[2], value_scales_head + key * value_scales_strides[2],
+            value_biases_head + key * value_biases_strides[2], simdgroup * CHUNKS, at, weights, out);
+      }
+    } else {
+      MLX_MTL_PRAGMA_UNROLL
+      for (int k = 0; k < KEY_TILES; k++) {
+        float2 weights[ROW_TILES];
+        MLX_MTL_PRAGMA_UNROLL
+        for (int r = 0; r < ROW_TILES; r++) {
+          weights[r] = scores[r][k];
+        }
+        const int64_t key = min(tile + 8 * k + at.row, count - 1);
+        add_values<VALUE_MODE, VALUE_BITS, VALUE_GROUP, VALUE_CHUNKS, ROW_TILES, CHUNKS>(
+            value_codes_head + key * value_codes_strides[2], value_scales_head + key * value_scales_strides[2],
+            value_biases_head + key * value_biases_strides[2], 0, at, weights, out);
+      }
+    }
+  }
+
+  // Merge the simdgroups: the common peak, the total, and the factor for what this one has summed.
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  MLX_MTL_PRAGMA_UNROLL
+  for (int r = 0; r < ROW_TILES; r++) {
+    total[r] = row_sum(total[r]);
+    if (at.column == 0) {
+      peaks[simdgroup * ROWS + 8 * r + at.row] = peak[r];
+      totals[simdgroup * ROWS + 8 * r + at.row] = total[r];
+    }
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  MLX_MTL_PRAGMA_UNROLL
+  for (int r = 0; r < ROW_TILES; r++) {
+    const int row = 8 * r + at.row;
+    float common = Limits<float>::finite_min;
+    for (int s = 0; s < SIMDGROUPS; s++) {
+      common = max(common, peaks[s * ROWS + row]);
+    }
+#if !SPLIT && HAS_SINKS
+    const float sink = float(sinks[kv_head * group + min(first_row + row, row_count - 1) / length]);
+    common = max(common, sink);
+#endif
+    float sum = 0.0f;
+    for (int s = 0; s < SIMDGROUPS; s++) {
+      sum += totals[s * ROWS + row] * fast::exp(peaks[s * ROWS + row] - common);
+    }
+#if SPLIT
+    if (first_row + row < row_count && simdgroup == 0 && at.column == 0) {
+      device float* row_stats = stats + 2 * (row_of_output[r] * splits + split);
+      row_stats[0] = common;
+      row_stats[1] = sum;
+    }
+#elif HAS_SINKS
+    sum += fast::exp(sink - common);
+#endif
+    const float factor = sum > 0.0f ? fast::exp(peak[r] - common) / sum : 0.0f;
+    MLX_MTL_PRAGMA_UNROLL
+    for (int i = 0; i < 4 * CHUNKS; i++) {
+      out[r * 4 * CHUNKS + i] *= factor;
+    }
+  }
+
+#if SPLIT
+  typedef float Output;
+  device float* const destination = partials + split * VALUE_DIM;
+  const int64_t row_stride = int64_t(splits) * VALUE_DIM;
+#else
+  typedef T Output;
+  device T* const destination = output;
+  const int64_t row_stride = VALUE_DIM;
+#endif
+  if (TEAM) {
+    MLX_MTL_PRAGMA_UNROLL
+    for (int r = 0; r < ROW_TILES; r++) {
+      MLX_MTL_PRAGMA_UNROLL
+      for (int c = 0; c < CHUNKS; c++) {
+        const int chunk = simdgroup * CHUNKS + c;
+        if (chunk < VALUE_CHUNKS && first_row + 8 * r + at.row < row_count) {
+          MLX_MTL_PRAGMA_UNROLL
+          for (int e = 0; e < 8; e++) {
+            destination[row_of_output[r] * row_stride + 32 * chunk + 4 * at.column + e] =
+                Output(out[r * 4 * CHUNKS + 4 * c + e / 2][e % 2]);
+          }
+        }
+      }
+    }
+    return;
+  }
+  const int64_t first_output_row = (int64_t(batch) * query_heads + kv_head * group) * length + first_row;
+  MLX_MTL_PRAGMA_UNROLL
+  for (int first = 0; first < ROW_TILES * VALUE_CHUNKS; first += UNITS) {
+    MLX_MTL_PRAGMA_UNROLL
+    for (int u = 0; u < UNITS; u++) {
+      const int unit = first + u;
+      if (unit < ROW_TILES * VALUE_CHUNKS) {
+        MLX_MTL_PRAGMA_UNROLL
+        for (int e = 0; e < 8; e++) {
+          shared[(simdgroup * UNITS + u) * 256 + 32 * at.row + 4 * at.column + e] =
+              out[4 * unit + e / 2][e % 2];
+        }
+      }
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    for (int i = int(thread_index_in_threadgroup); i < 256 * UNITS; i += 32 * SIMDGROUPS) {
+      const int unit = first + i / 256;
+      const int row = 8 * (unit / VALUE_CHUNKS) + i % 256 / 32;
+      if (unit < ROW_TILES * VALUE_CHUNKS && first_row + row < row_count) {
+        float sum = 0.0f;
+        for (int s = 0; s < SIMDGROUPS; s++) {
+          sum += shared[s * UNITS * 256 + i];
+        }
+        destination[(first_output_row + row) * row_stride + 32 * (unit % VALUE_CHUNKS) + i % 32] = Output(sum);
+      }
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+  }

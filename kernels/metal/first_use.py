@@ -1,0 +1,90 @@
+"""The check of a kernel family at its first use: compiled, run on a tiny input and held against the reference.
+
+Users have devices and systems that nobody has tried these kernels on. One that does not compile there, or computes
+something else, is never used: its calls go to MLX's own ops, with one warning.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import cache
+
+import mlx.core as mx
+
+from qsdpa_patch.kernels import reference
+from qsdpa_patch.kernels.attention_call import AttentionCall, RopeTerm, Signature, check_call
+from qsdpa_patch.kernels.format import Format
+from qsdpa_patch.kernels.metal.plan import KEYS_PER_SPLIT, Family
+from qsdpa_patch.kernels.quantized_tensor import QuantizedTensor, quantize
+
+__all__ = ["check"]
+
+Attend = Callable[[AttentionCall], mx.array]
+
+_TOLERANCES = {mx.float16: 2e-3, mx.bfloat16: 1e-2, mx.float32: 1e-5}
+_COUNTS = (37, 2 * KEYS_PER_SPLIT + 5)
+"""Numbers of keys: a single launch with a part of a tile, and a split with its merge."""
+
+
+def check(family: Family, signature: Signature, attend: Attend) -> tuple[bool, str]:
+    """Whether ``attend`` with the kernels of ``family`` is right on this machine, and if not, what it did; once."""
+    small = signature._replace(batch=1, query_heads=signature.query_heads // signature.kv_heads, kv_heads=1)
+    return _check(family, small, attend)
+
+
+@cache
+def _check(family: Family, signature: Signature, attend: Attend) -> tuple[bool, str]:
+    try:
+        error = max(_error(signature, count, attend) for count in _COUNTS)
+    except (RuntimeError, ValueError) as failure:
+        return _refuse(signature, f"the Metal kernel does not run here: {failure}")
+    if not error <= _TOLERANCES[signature.dtype]:
+        return _refuse(signature, f"the Metal kernel is wrong here by {error:.1e} of the largest value")
+    return True, ""
+
+
+def _refuse(signature: Signature, reason: str) -> tuple[bool, str]:
+    warnings.warn(
+        f"qsdpa_patch: {reason} (keys {signature.key_format}, values {signature.value_format}, head dim "
+        f"{signature.key_dim}, {signature.dtype}). Such calls take MLX's own operations from now on.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return False, reason
+
+
+def _error(signature: Signature, count: int, attend: Attend) -> float:
+    """Largest error of a small call, relative to the largest magnitude of the reference."""
+    call = _small_call(signature, count)
+    actual = attend(call).astype(mx.float32)
+    wanted = reference.attend(call).astype(mx.float32)
+    error, largest = mx.abs(actual - wanted).max(), mx.abs(wanted).max()
+    return float(error) / float(largest)
+
+
+def _small_call(sig: Signature, count: int) -> AttentionCall:
+    """A call of the kind of ``sig`` with ``count`` keys. It leaves the global random state alone."""
+    key = iter(mx.random.split(mx.random.key(0), 8))
+
+    def normal(*shape: int) -> mx.array:
+        return mx.random.normal(shape, key=next(key)).astype(sig.dtype)
+
+    def stored(dim: int, format: Format, scale_dtype: mx.Dtype) -> QuantizedTensor:
+        dtype = sig.dtype if scale_dtype == mx.uint8 else scale_dtype
+        return quantize(normal(1, 1, count + 11, dim).astype(dtype), format).map_parts(lambda p: p[:, :, :count])
+
+    keys = stored(sig.key_dim, sig.key_format, sig.key_scale_dtype)
+    values = keys if sig.shared_kv else stored(sig.value_dim, sig.value_format, sig.value_scale_dtype)
+    mask: mx.array | str | None = {"none": None, "causal": "causal"}.get(sig.mask)
+    if sig.mask in ("bool", "additive"):
+        mask = normal(sig.query_length, count)
+        mask = mask > -1 if sig.mask == "bool" else mask
+    rope = None
+    if sig.rope_dim:
+        rope = RopeTerm(
+            0.1 * normal(1, sig.query_heads, sig.query_length, sig.rope_dim), normal(1, 1, count, sig.rope_dim)
+        )
+    queries = normal(1, sig.query_heads, sig.query_length, sig.key_dim)
+    sinks = normal(sig.query_heads) if sig.has_sinks else None
+    return check_call(queries, keys, values, scale=sig.key_dim**-0.5, mask=mask, sinks=sinks, rope=rope)

@@ -1,0 +1,78 @@
+"""Launch plans of the Metal kernels: what is compiled for a signature, and how a call is spread over threadgroups."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import mlx.core as mx
+
+from qsdpa_patch.kernels.attention_call import Signature
+
+__all__ = ["MAX_SPLITS", "Family", "Launch", "core_count", "family_of", "plan_launch"]
+
+MAX_SPLITS = 256
+KEYS_PER_SPLIT = 256
+"""A split has at least so many keys; up to twice as many are one split, and one launch."""
+_THREADGROUPS_PER_CORE = 4
+_OUTPUT_REGISTERS = 64
+"""Registers of a lane that hold sums of the output; what else a lane keeps takes about as many."""
+_CORES = {"p": 6, "g": 16, "s": 40, "d": 76}
+"""Cores by the last letter of an architecture's name, which tells phone, base or Pro, Max and Ultra apart."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """All that a compiled kernel depends on, apart from the dtypes of its inputs.
+
+    A threadgroup takes ``8 * row_tiles`` rows (query head, position) of a key head; one of its ``simdgroups`` takes
+    ``8 * key_tiles`` keys at a time. ``team``: the simdgroups share out the output's dims, because one cannot hold all.
+    """
+
+    signature: Signature  # without batch, heads and length, which are read from the shapes
+    row_tiles: int
+    key_tiles: int
+    simdgroups: int
+    team: bool
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How one call is spread: ``splits`` of the keys, and ``blocks`` of the rows of a key head."""
+
+    splits: int
+    blocks: int
+
+
+@cache
+def core_count() -> int:
+    """GPU cores of this machine, about: Metal tells the class of the device only."""
+    if not mx.metal.is_available():
+        return _CORES["g"]
+    architecture = str(mx.device_info().get("architecture", ""))
+    return _CORES.get(architecture[-1:], _CORES["g"])
+
+
+@cache
+def family_of(signature: Signature) -> Family:
+    """The kernel for calls of ``signature``."""
+    row_tiles = -(-signature.query_heads // signature.kv_heads * signature.query_length // 8)
+    chunks = signature.value_dim // 32
+    static = signature._replace(batch=0, query_heads=0, kv_heads=0, query_length=0)
+    if row_tiles * chunks * 8 <= _OUTPUT_REGISTERS:
+        return Family(static, row_tiles, max(1, 4 // row_tiles), simdgroups=4, team=False)
+    per_simdgroup = -(-chunks // 8)
+    simdgroups = -(-chunks // per_simdgroup)
+    most = _OUTPUT_REGISTERS // (8 * per_simdgroup)
+    blocks = -(-row_tiles // most)
+    row_tiles = -(-row_tiles // blocks)
+    return Family(static, row_tiles, 2 if row_tiles <= 2 else 1, simdgroups, team=True)
+
+
+def plan_launch(signature: Signature, family: Family, count: int, cores: int) -> Launch:
+    """The launch for a call with ``count`` keys: enough threadgroups to fill the device, none with too few keys."""
+    rows = signature.query_heads // signature.kv_heads * signature.query_length
+    blocks = -(-rows // (8 * family.row_tiles))
+    threadgroups = signature.batch * signature.kv_heads * blocks
+    wanted = -(-cores * _THREADGROUPS_PER_CORE // threadgroups)
+    return Launch(max(1, min(wanted, count // KEYS_PER_SPLIT, MAX_SPLITS)), blocks)

@@ -1,0 +1,65 @@
+"""The Metal sources, and what is put in front of them for one kernel family."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from importlib.resources import files
+
+from qsdpa_patch.kernels.attention_call import Signature
+from qsdpa_patch.kernels.format import Format
+
+__all__ = ["decode_body", "decode_header", "merge_body", "merge_header", "mode_of"]
+
+_MODES = {"affine": 0, "symmetric": 1, "mxfp4": 2, "mxfp8": 3, "nvfp4": 4}
+"""Values of ``Mode`` in dequantize.metal."""
+
+
+def mode_of(format: Format) -> int:
+    return _MODES["symmetric" if format.symmetric else format.mode]
+
+
+@cache
+def _read(name: str) -> str:
+    """A source file without comments and indentation: MLX hashes the text at every launch."""
+    text = files("qsdpa_patch").joinpath("kernels", "metal", name).read_text()
+    text = re.sub(r"//[^\n]*", "", text)
+    return "\n".join(line.strip() for line in text.splitlines() if line.strip()) + "\n"
+
+
+def decode_body() -> str:
+    return _read("decode.metal")
+
+
+def merge_body() -> str:
+    return _read("merge.metal")
+
+
+@cache
+def decode_header(signature: Signature, split: bool) -> str:
+    """Functions for the decode kernel, and which inputs it has."""
+    defines = {
+        "SPLIT": split,
+        "HAS_MASK": signature.mask in ("bool", "additive"),
+        "MASK_IS_BOOL": signature.mask == "bool",
+        "IS_CAUSAL": signature.mask == "causal",
+        "HAS_SINKS": signature.has_sinks,
+        "HAS_ROPE": signature.rope_dim > 0,
+    }
+    lines = [f"#define {name} {int(value)}" for name, value in defines.items()]
+    aliases = {}
+    if not signature.key_format.has_biases:
+        aliases["key_biases"] = "key_scales"
+    if signature.shared_kv:
+        aliases |= {f"value_{part}": f"key_{part}" for part in ("codes", "scales", "biases")}
+    elif not signature.value_format.has_biases:
+        aliases["value_biases"] = "value_scales"
+    for name, other in aliases.items():
+        lines += [f"#define {name} {other}", f"#define {name}_strides {other}_strides"]
+    functions = _read("dequantize.metal") + _read("fragments.metal") + _read("attention.metal")
+    return functions + "\n".join(lines) + "\n"
+
+
+@cache
+def merge_header(has_sinks: bool) -> str:
+    return f"#define HAS_SINKS {int(has_sinks)}\n"

@@ -1,0 +1,52 @@
+"""Runs the Metal backend unchanged, on kernels made by the emulator. On a Mac: on its GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+import pytest
+
+from qsdpa_patch.kernels.attention_call import AttentionCall, Signature
+from qsdpa_patch.kernels.metal import backend, first_use, plan
+from tests.metal.emulator import Cost, Emulator
+
+__all__ = ["EmulatedBackend", "emulated_backend"]
+
+
+@dataclass
+class EmulatedBackend:
+    """``attend`` and ``has_fused_kernel`` of the backend; ``costs`` of the launches so far (none on a GPU)."""
+
+    costs: list[Cost] = field(default_factory=list)
+
+    def attend(self, call: AttentionCall, keys_per_split: int = plan.KEYS_PER_SPLIT) -> mx.array:
+        """``keys_per_split``: fewer than usual, to have small calls split."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(plan, "KEYS_PER_SPLIT", keys_per_split)
+            return backend.attend(call)
+
+    def has_fused_kernel(self, signature: Signature) -> tuple[bool, str]:
+        return backend.has_fused_kernel(signature)
+
+
+@contextmanager
+def emulated_backend() -> Iterator[EmulatedBackend]:
+    """The backend with the emulator in place of ``mx.fast.metal_kernel``, where there is no GPU for Metal."""
+    if mx.metal.is_available():
+        yield EmulatedBackend()
+        return
+    emulator = Emulator()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backend, "metal_kernel", emulator.metal_kernel)
+        patch.setattr(backend, "is_available", lambda: (True, ""))
+        _forget_kernels()
+        yield EmulatedBackend(emulator.costs)
+    _forget_kernels()
+
+
+def _forget_kernels() -> None:
+    for cached in (backend.has_fused_kernel, backend._decode_kernel, backend._merge_kernel, first_use._check):
+        cached.cache_clear()

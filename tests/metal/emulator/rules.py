@@ -1,0 +1,51 @@
+"""Rules of Metal's that the C++ for OpenCL front end does not enforce."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from tests.metal.emulator.source import tokenize
+
+__all__ = ["broken_rules"]
+
+_NOT_IN_METAL = {"double", "goto", "new", "delete", "virtual", "dynamic_cast", "throw", "try"}
+
+
+def broken_rules(unit: Path, command: Sequence[str]) -> list[str]:
+    """The rules that the translation unit in the file ``unit`` breaks, in words. ``command``: clang and its options."""
+    text = unit.read_text()
+    _, _, kernel = text.partition('#line 1 "kernel.metal"\n')
+    words = [f"'{word}' is not in Metal" for word in sorted(_NOT_IN_METAL & set(tokenize(kernel)))]
+    return words + _narrowing_to_bfloat(unit, command) + _missing_address_spaces(unit, command)
+
+
+def _narrowing_to_bfloat(unit: Path, command: Sequence[str]) -> list[str]:
+    """Metal converts float to bfloat only explicitly."""
+    options = ["-Wconversion", "-Wno-sign-conversion", "-fsyntax-only"]
+    messages = subprocess.run([*command, *options, str(unit)], capture_output=True, text=True, check=False).stderr
+    found = []
+    for line in messages.splitlines():
+        if "kernel.metal:" in line and "loses floating-point" in line and re.search(r"to ('bfloat|.*__bf16')", line):
+            found.append(line.split("kernel.metal:")[1])
+    return found
+
+
+def _missing_address_spaces(unit: Path, command: Sequence[str]) -> list[str]:
+    """In Metal every pointer and reference names its address space; OpenCL takes one without for generic."""
+    options = ["-Xclang", "-ast-dump", "-fno-color-diagnostics", "-fsyntax-only"]
+    tree = subprocess.run([*command, *options, str(unit)], capture_output=True, text=True, check=False).stdout
+    found, in_kernel = [], False
+    for line in tree.splitlines():
+        # A location names its file only where that differs from the previous one.
+        for match in re.finditer(r"([\w./-]+\.(?:h|metal|clcpp)|<scratch space>|<invalid sloc>)(?=:\d+:\d+|>)", line):
+            in_kernel = match[1] == "kernel.metal"
+        if not in_kernel or " implicit " in line or not re.search(r"\b(VarDecl|ParmVarDecl|FieldDecl)\b", line):
+            continue
+        named = re.search(r"(?:line|col):[\d:]+ (?:used |referenced |invalid )*(?!used |referenced )\w+ '", line)
+        generic = re.search(r"__generic [^']*[*&]|__generic[^']*\(&", line.split("'", 1)[-1])
+        if named and generic:
+            found.append("missing address space: " + re.sub(r"^[ |`-]*|0x[0-9a-f]+ |<.*?> ", "", line)[:120])
+    return found
