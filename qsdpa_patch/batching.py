@@ -15,6 +15,7 @@ from typing import Any
 from qsdpa_patch.cache_creation import quantize_cache
 from qsdpa_patch.dispatcher import router
 from qsdpa_patch.layer_tags import declared_model_type, module_model_type, tag_caches
+from qsdpa_patch.logs import logger
 
 __all__ = ["make_batch_generator_init", "make_insert_segments", "make_is_batchable", "make_server_loop"]
 
@@ -62,7 +63,7 @@ def make_insert_segments(original: Callable[..., list[int]]) -> Callable[..., li
 def make_is_batchable(original: Callable[..., bool]) -> Callable[..., bool]:
     """A replacement for the server's ``_is_batchable``, for which ``--kv-bits`` is no obstacle.
 
-    A format that there is not stays one: such a request is served alone, where its error reaches the client.
+    A format that there is not stays one: such a request is served alone, where it fails without stopping the server.
     """
 
     def _is_batchable(self: Any, args: Any) -> bool:
@@ -83,7 +84,13 @@ def make_server_loop(original: Callable[..., None]) -> Callable[..., None]:
     """A replacement for the server's generation loop that hands ``--kv-bits`` to the batches it makes."""
 
     def _generate(self: Any) -> None:
-        token = _server_quantization.set((self.cli_args.kv_bits, self.cli_args.kv_group_size))
+        bits, group_size = self.cli_args.kv_bits, self.cli_args.kv_group_size
+        if bits is not None:
+            try:
+                router.settings.formats(bits, group_size)
+            except ValueError as error:  # the requests fail one by one; say why where the operator looks
+                logger.error("--kv-bits %s --kv-group-size %s: %s", bits, group_size, error)
+        token = _server_quantization.set((bits, group_size))
         try:
             original(self)
         finally:
