@@ -11,6 +11,7 @@ from qsdpa_patch.caches.codec import Codec, as_format, fit_codec
 from qsdpa_patch.caches.header import Header, read_header, write_header
 from qsdpa_patch.caches.packed_rows import Rows
 from qsdpa_patch.kernels.format import Format
+from qsdpa_patch.layer_tags import set_tag, tag_of
 
 __all__ = ["DEFAULT_FORMAT", "SAVED_CLASSES", "QuantizedCache", "saved"]
 
@@ -138,7 +139,8 @@ class QuantizedCache(_BaseCache):  # type: ignore[misc] # mlx-lm has no annotati
         return key_codec.decode(keys), value_codec.decode(values)
 
     def _take(self, source: QuantizedCache, keys: Rows, values: Rows) -> None:
-        """Take over stored rows of ``source``."""
+        """Take over stored rows of ``source``, a cache of the same layer."""
+        set_tag(self, tag_of(source))
         if source._codecs is not None:
             self._set_codecs(*source._codecs)
         self.keys, self.values = keys, values
@@ -146,7 +148,7 @@ class QuantizedCache(_BaseCache):  # type: ignore[misc] # mlx-lm has no annotati
     def _adopt(self, keys: mx.array | None, values: mx.array | None) -> None:
         """Take over the whole buffers of an unquantized cache. Lazy: they are freed when nothing else holds them."""
         if keys is not None and values is not None:
-            self.keys, self.values = self._encode(keys[:], values[:])  # array objects of our own, where left plain
+            self.keys, self.values = self._encode(keys, values)
 
 
 def _check_buffers(keys: Any, values: Any, header: Header) -> int:

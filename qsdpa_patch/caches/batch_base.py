@@ -9,6 +9,7 @@ import mlx.core as mx
 from qsdpa_patch.caches.base import DEFAULT_FORMAT, QuantizedCache
 from qsdpa_patch.caches.packed_rows import Rows, allocate, capacity, pad, select, stack
 from qsdpa_patch.kernels.format import Format
+from qsdpa_patch.layer_tags import set_tag, tag_of
 
 __all__ = ["BatchQuantizedCache"]
 
@@ -53,6 +54,7 @@ class BatchQuantizedCache(QuantizedCache):
             if not isinstance(cache, single):
                 raise TypeError(f"a batch of {single.__qualname__} has no place for {type(cache).__qualname__}")
             self._share_codecs(cache)
+        set_tag(self, tag_of(caches[0]))
         lengths = [cache.size() for cache in caches]
         longest = max(lengths)
         if longest == 0:

@@ -12,16 +12,15 @@ from qsdpa_patch.caches.batch_base import BatchQuantizedCache
 from qsdpa_patch.caches.packed_rows import (
     Rows,
     Span,
-    allocate,
+    append,
     capacity,
     compact,
-    grow,
     join,
-    next_capacity,
     pick,
     roll_each,
     select,
     skip,
+    view,
     write,
 )
 from qsdpa_patch.caches.rotating import QuantizedRotatingKVCache
@@ -71,13 +70,17 @@ class BatchQuantizedRotatingKVCache(BatchQuantizedCache):
             RuntimeError: a single row between :meth:`prepare` with right padding and :meth:`finalize`.
         """
         count = keys.shape[2]
-        if count == 1 and self._lengths is not None:
+        if count == 1 and self._lengths is not None:  # the mask for a single row would not fit the order of the rows
             raise RuntimeError(f"finalize() comes before decoding with {type(self).__qualname__}")
         new_keys, new_values = self._encode(keys, values)
-        if count == 1:
-            self._write_one(new_keys, new_values)
+        if self._lengths is None and self._offset + count <= self.max_size:
+            self.keys = append(self.keys, self._offset, new_keys, self.max_size)
+            self.values = append(self.values, self._offset, new_values, self.max_size)
+            self._idx = self._offset + count
+        elif count == 1:
+            self._overwrite(new_keys, new_values)
         else:
-            self._append(new_keys, new_values)
+            self._append_in_time(new_keys, new_values)
         self.offset = self.offset + count
         self._offset += count
         # The counters are evaluated with the rows: their graphs would grow without end otherwise.
@@ -89,55 +92,43 @@ class BatchQuantizedRotatingKVCache(BatchQuantizedCache):
         keys, values = self._buffers()
         if self._offset < capacity(keys):
             return self._decode(select(keys, 0, self._offset), select(values, 0, self._offset))
-        return self._decode(keys, values)
+        return self._decode(view(keys), view(values))
 
-    def _append(self, new_keys: Rows, new_values: Rows) -> None:
+    def _overwrite(self, new_keys: Rows, new_values: Rows) -> None:
+        """Put a single row in the place of the oldest, in buffers that are full."""
+        keys, values = self._buffers()
+        length = capacity(keys)
+        surplus = length - self.max_size
+        if surplus > 0:  # a long update left more rows than are kept
+            self.keys, self.values = keys, values = select(keys, surplus, length), select(values, surplus, length)
+            self.left_padding = self.left_padding - surplus
+            self._idx = self.max_size
+        if self._idx == self.max_size:
+            self.rotated = True
+            self._idx = 0
+        if self.rotated:
+            self.left_padding = self.left_padding - 1
+        write(keys, self._idx, self._idx + 1, new_keys)
+        write(values, self._idx, self._idx + 1, new_values)
+        self._idx += 1
+
+    def _append_in_time(self, new_keys: Rows, new_values: Rows) -> None:
+        """Bring the rows into the order of time, and drop what the first new row does not see."""
         if self.keys is None or self.values is None:
             self.keys, self.values = new_keys, new_values
         else:
             if self._lengths is not None:
                 self._put_in_time()
                 self._roll_to(self._lengths)
-            # The first new row still sees max_size rows, itself included.
             spans = self._spans_in_time()
-            surplus = sum(stop - start for start, stop in spans) - self.max_size + 1
+            surplus = sum(stop - start for start, stop in spans) - (self.max_size - 1)
             if surplus > 0:
                 self.left_padding = self.left_padding - surplus
-            spans = skip(spans, surplus)
             keys, values = self._buffers()
+            spans = skip(spans, surplus)
             self.keys, self.values = join(keys, spans, new_keys), join(values, spans, new_values)
             self.rotated = False
         self._idx = capacity(self.keys)
-
-    def _write_one(self, new_keys: Rows, new_values: Rows) -> None:
-        self._make_room(new_keys, new_values)
-        if self._idx == self.max_size:
-            self.rotated = True
-            self._idx = 0
-        if self.rotated:
-            self.left_padding = self.left_padding - 1
-        keys, values = self._buffers()
-        write(keys, self._idx, self._idx + 1, new_keys)
-        write(values, self._idx, self._idx + 1, new_values)
-        self._idx += 1
-
-    def _make_room(self, new_keys: Rows, new_values: Rows) -> None:
-        """Buffers that end behind row ``_idx``, or hold exactly ``max_size`` rows."""
-        if self.keys is None or self.values is None:
-            count = min(next_capacity(1), self.max_size)
-            self.keys, self.values = allocate(new_keys, count), allocate(new_values, count)
-            self._idx = 0
-            return
-        length = capacity(self.keys)
-        if length < self.max_size and self._offset >= length:
-            count = min(next_capacity(length + 1, length), self.max_size)
-            self.keys, self.values = grow(self.keys, length, count), grow(self.values, length, count)
-            self._idx = self._offset
-        elif length > self.max_size:  # a long update left more rows than are kept
-            surplus = length - self.max_size
-            self.keys, self.values = select(self.keys, surplus, length), select(self.values, surplus, length)
-            self.left_padding = self.left_padding - surplus
-            self._idx = self.max_size
 
     def _spans_in_time(self) -> list[Span]:
         """The spans of the buffers that hold rows, oldest first."""

@@ -14,7 +14,7 @@ from mlx_lm.models.cache import dynamic_roll
 
 __all__ = [
     "Rows", "Span", "allocate", "append", "capacity", "compact", "grow", "join", "next_capacity", "pad", "pick",
-    "roll_each", "select", "skip", "stack", "write",
+    "roll_each", "select", "skip", "stack", "view", "write",
 ]  # fmt: skip
 
 Rows = list[mx.array]
@@ -55,15 +55,23 @@ def write(rows: Rows, start: int, stop: int, new: Rows) -> None:
         buffer[:, :, start:stop] = x
 
 
-def append(rows: Rows | None, start: int, new: Rows) -> Rows:
-    """Buffers that hold ``new`` from row ``start`` on, and before that what ``rows`` do: the same, unless full."""
+def append(rows: Rows | None, start: int, new: Rows, limit: int | None = None) -> Rows:
+    """Buffers that hold ``new`` from row ``start`` on, and before that what ``rows`` do: the same ones, unless full.
+
+    They get no longer than ``limit`` rows, which must suffice.
+    """
     stop = start + capacity(new)
-    if rows is None:
-        rows = allocate(new, next_capacity(stop))
-    elif stop > capacity(rows):
-        rows = grow(rows, start, next_capacity(stop, capacity(rows)))
+    if rows is None or stop > capacity(rows):
+        count = next_capacity(stop, 0 if rows is None else capacity(rows))
+        count = count if limit is None else min(count, limit)
+        rows = allocate(new, count) if rows is None else grow(rows, start, count)
     write(rows, start, stop, new)
     return rows
+
+
+def view(rows: Rows) -> Rows:
+    """The same rows as other array objects, which do not follow when ``rows`` are written to."""
+    return [x[:] for x in rows]
 
 
 def select(rows: Rows, start: int, stop: int) -> Rows:

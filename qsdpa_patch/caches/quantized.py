@@ -9,7 +9,7 @@ from mlx_lm.models import cache as mlx_lm_cache
 
 from qsdpa_patch.caches.base import DEFAULT_FORMAT, QuantizedCache, saved
 from qsdpa_patch.caches.codec import Codec, fit_codec
-from qsdpa_patch.caches.packed_rows import Rows, append, select
+from qsdpa_patch.caches.packed_rows import Rows, append, select, view
 from qsdpa_patch.kernels.format import Format
 from qsdpa_patch.kernels.quantized_tensor import dequantize_parts
 
@@ -92,5 +92,5 @@ class QuantizedKVCache(QuantizedCache):
 def _repack(parts: Any, stored: Format, codec: Codec) -> Rows:
     """The rows of ``parts``, packed in the format ``stored``, as ``codec`` stores them."""
     if codec.format == stored:
-        return [x[:] for x in parts]  # objects of our own: an append changes the object it is made through
+        return view(parts)
     return codec.encode(dequantize_parts(parts[0], parts[1], parts[2], stored))

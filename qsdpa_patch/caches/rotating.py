@@ -8,18 +8,7 @@ import mlx.core as mx
 from mlx_lm.models import cache as mlx_lm_cache
 
 from qsdpa_patch.caches.base import DEFAULT_FORMAT, QuantizedCache, saved
-from qsdpa_patch.caches.packed_rows import (
-    Rows,
-    Span,
-    allocate,
-    capacity,
-    grow,
-    join,
-    next_capacity,
-    select,
-    skip,
-    write,
-)
+from qsdpa_patch.caches.packed_rows import Rows, Span, append, capacity, join, select, skip, view, write
 from qsdpa_patch.kernels.format import Format
 
 __all__ = ["QuantizedRotatingKVCache"]
@@ -29,8 +18,9 @@ __all__ = ["QuantizedRotatingKVCache"]
 class QuantizedRotatingKVCache(QuantizedCache):
     """A cache of the last ``max_size`` quantized keys and values. See :class:`QuantizedCache` for the formats.
 
-    Behaves as :class:`mlx_lm.models.cache.RotatingKVCache` does, down to the order of the rows: single rows overwrite
-    the oldest in place; longer updates bring the rows into the order of time, and keep ``max_size - 1`` before them.
+    Behaves as :class:`mlx_lm.models.cache.RotatingKVCache` does, down to the order of the rows: once ``max_size`` are
+    there, a single row overwrites the oldest in place, and a longer update brings the rows into the order of time and
+    keeps ``max_size - 1`` before it. Until then all updates are in place.
 
     Args:
         max_size: how many rows are kept.
@@ -61,11 +51,16 @@ class QuantizedRotatingKVCache(QuantizedCache):
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Append ``keys [B, H, S, D]`` and ``values [B, H, S, Dv]``; the rows kept, as attention gets them."""
         new_keys, new_values = self._encode(keys, values)
-        if keys.shape[2] == 1:
-            self._write_one(new_keys, new_values)
+        count = keys.shape[2]
+        if self.offset + count <= self.max_size:
+            self.keys = append(self.keys, self.offset, new_keys, self.max_size)
+            self.values = append(self.values, self.offset, new_values, self.max_size)
+            self._idx = self.offset + count
+        elif count == 1:
+            self._overwrite(new_keys, new_values)
         else:
-            self._append(new_keys, new_values)
-        self.offset += keys.shape[2]
+            self._append_in_time(new_keys, new_values)
+        self.offset += count
         return self.keys_and_values()
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
@@ -73,43 +68,31 @@ class QuantizedRotatingKVCache(QuantizedCache):
         keys, values = self._buffers()
         if self.offset < capacity(keys):
             return self._decode(select(keys, 0, self.offset), select(values, 0, self.offset))
-        return self._decode(keys, values)
+        return self._decode(view(keys), view(values))
 
-    def _append(self, new_keys: Rows, new_values: Rows) -> None:
-        if self.keys is None or self.values is None:
-            self.keys, self.values = new_keys, new_values
-        else:
-            # The first new row still sees max_size rows, itself included.
-            spans = self._spans_in_time(capacity(self.keys))
-            spans = self._forget(spans, sum(stop - start for start, stop in spans) - self.max_size + 1)
-            self.keys, self.values = join(self.keys, spans, new_keys), join(self.values, spans, new_values)
-        self._idx = capacity(self.keys)
-
-    def _write_one(self, new_keys: Rows, new_values: Rows) -> None:
-        self._make_room(new_keys, new_values)
+    def _overwrite(self, new_keys: Rows, new_values: Rows) -> None:
+        """Put a single row in the place of the oldest, in buffers that are full."""
+        keys, values = self._buffers()
+        surplus = capacity(keys) - self.max_size
+        if surplus > 0:  # a long update left more rows than are kept
+            spans = self._forget([(0, capacity(keys))], surplus)
+            self.keys, self.values = keys, values = join(keys, spans), join(values, spans)
+            self._idx = self.max_size
         if self._idx == self.max_size:
             self._idx = self.keep
-        keys, values = self._buffers()
         write(keys, self._idx, self._idx + 1, new_keys)
         write(values, self._idx, self._idx + 1, new_values)
         self._idx += 1
 
-    def _make_room(self, new_keys: Rows, new_values: Rows) -> None:
-        """Buffers that end behind row ``_idx``, or hold exactly ``max_size`` rows."""
+    def _append_in_time(self, new_keys: Rows, new_values: Rows) -> None:
+        """Bring the rows into the order of time, and drop what the first new row does not see."""
         if self.keys is None or self.values is None:
-            count = min(next_capacity(1), self.max_size)
-            self.keys, self.values = allocate(new_keys, count), allocate(new_values, count)
-            self._idx = 0
-            return
-        length = capacity(self.keys)
-        if length < self.max_size and self.offset >= length:
-            count = min(next_capacity(length + 1, length), self.max_size)
-            self.keys, self.values = grow(self.keys, length, count), grow(self.values, length, count)
-            self._idx = self.offset
-        elif length > self.max_size:  # a long update left more rows than are kept
-            spans = self._forget([(0, length)], length - self.max_size)
-            self.keys, self.values = join(self.keys, spans), join(self.values, spans)
-            self._idx = self.max_size
+            self.keys, self.values = new_keys, new_values
+        else:
+            spans = self._spans_in_time(capacity(self.keys))
+            spans = self._forget(spans, sum(stop - start for start, stop in spans) - (self.max_size - 1))
+            self.keys, self.values = join(self.keys, spans, new_keys), join(self.values, spans, new_values)
+        self._idx = capacity(self.keys)
 
     @staticmethod
     def _end(counters: dict[str, Any]) -> int:

@@ -22,6 +22,7 @@ from qsdpa_patch.caches import (
 )
 from qsdpa_patch.kernels.format import Format
 from qsdpa_patch.latent_rope import RopeKeys
+from qsdpa_patch.layer_tags import LayerTag, set_tag, tag_of
 from tests.qsdpa_patch.caches.batch_twins import BATCH_OPERATIONS, BatchTwins
 from tests.qsdpa_patch.caches.twins import Kind, Rows, assert_same, kinds
 
@@ -161,6 +162,16 @@ def test_latents_stay_latents_in_a_batch() -> None:
     stock = BatchKVCache([0, 0])
     stock.update_and_fetch(*rows.draw(2, batch=2))
     assert type(quantized(stock, format, latent=True)) is BatchQuantizedLatentCache
+
+
+def test_a_batch_and_what_comes_out_of_it_know_their_layer() -> None:
+    tag = LayerTag("llama", "llama", 3, "full")
+    singles = [QuantizedKVCache(), QuantizedKVCache()]
+    for cache in singles:
+        cache.update_and_fetch(*Rows(Kind()).draw(2))
+        set_tag(cache, tag)
+    batch = QuantizedKVCache.merge(singles)
+    assert tag_of(batch) == tag_of(batch.extract(1)) == tag_of(copy.deepcopy(batch)) == tag
 
 
 def test_caches_that_make_no_batch_are_refused() -> None:

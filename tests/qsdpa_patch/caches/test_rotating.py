@@ -69,6 +69,22 @@ def test_a_long_first_update_is_seen_whole() -> None:
     assert cache.keys_and_values()[0].shape[2] == 8
 
 
+def test_all_updates_are_in_place_until_rows_are_dropped() -> None:
+    """Chunks of a prompt, and the drafts of speculative decoding with their trims, grow the buffers once in a while."""
+    kind = Kind()
+    cache = QuantizedRotatingKVCache(1000, 4, kind.key_format, kind.value_format)
+    twins = Twins(cache, RotatingKVCache(1000, 4), Rows(kind))
+    lengths = set()
+    for _ in range(100):
+        twins.update(5)
+        twins.trim(2)
+        assert cache.keys is not None
+        lengths.add(cache.keys[0].shape[2])
+    twins.compare()
+    assert len(lengths) <= 30
+    assert max(lengths) <= 1000
+
+
 def test_buffers_never_exceed_max_size_when_rows_come_one_by_one() -> None:
     cache = QuantizedRotatingKVCache(11, key_format=Format.affine(8))
     rows = Rows(Kind(Format.affine(8), Format.affine(8)))
