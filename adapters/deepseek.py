@@ -1,15 +1,16 @@
 """DeepSeek v3 and the models that follow its absorbed MLA: one latent per token serves as keys and values.
 
 DeepSeek v3.2 and its kin also have an indexer, whose cache picks the tokens to attend to: it is read whole at every
-step by the model's own code, so it stays as it is.
+step by the model's own code, so it stays as it is. DeepSeek v4.1 keeps windows, compressed groups and index keys in a
+cache of its own, and rounds the windows itself: nothing of it is quantized.
 """
 
 from qsdpa_patch.adapter import Adapter, Layer, LayerPlan
 
+_INDEXED = ("deepseek_v32", "glm_moe_dsa")
 _LATENT = (
     "deepseek_v3",
-    "deepseek_v32",
-    "glm_moe_dsa",
+    *_INDEXED,
     "glm4_moe_lite",
     "kimi_k25",
     "kimi_k3",
@@ -20,7 +21,7 @@ _LATENT = (
     "bailing_hybrid",
     "bailing_moe_v3",
 )
-_INDEXED = ("deepseek_v32", "glm_moe_dsa")
+_GATHERED = "prompts expand the latent, and decoding gathers the rows that the indexer picks, in the model's own code"
 
 
 def _plan_layer(layer: Layer) -> LayerPlan:
@@ -31,7 +32,8 @@ def _plan_layer(layer: Layer) -> LayerPlan:
 
 ADAPTER = Adapter(
     name="deepseek",
-    model_types=(*_LATENT, "deepseek", "deepseek_v2"),
+    model_types=(*_LATENT, "deepseek", "deepseek_v2", "deepseek_v41"),
     latent=_LATENT,
+    own_attention=dict.fromkeys(_INDEXED, _GATHERED),
     plan_layer=_plan_layer,
 )

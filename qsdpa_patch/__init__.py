@@ -7,6 +7,7 @@
 from importlib import import_module
 from typing import Any
 
+import qsdpa_patch.adapters  # noqa: F401 - first imported later, the package would hide the function of that name
 from qsdpa_patch.activation import disable, enable, enabled, is_enabled
 from qsdpa_patch.adapter import Adapter, Layer, LayerPlan
 from qsdpa_patch.adapter_registry import adapters, register_adapter, unregister_adapter
