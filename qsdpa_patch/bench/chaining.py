@@ -16,7 +16,7 @@ S = TypeVar("S")
 def chained(
     attend: Callable[[mx.array, S], mx.array], queries: mx.array, sets: Sequence[S]
 ) -> Callable[[int], mx.array]:
-    """A :attr:`TimedPath.run` that calls ``attend(queries, set)``, going round ``sets``, and waits at the end.
+    """A :attr:`TimedPath.run` that calls ``attend(queries, set)``, going round ``sets``.
 
     The layers of a model depend on each other, so calls of a run must too: a GPU would otherwise overlap them.
     """
@@ -27,7 +27,6 @@ def chained(
         out = attend(queries[:], next(rotation))
         for _ in range(calls - 1):
             out = attend(_as_queries(out, queries), next(rotation))
-        mx.eval(out)
         return out
 
     return run

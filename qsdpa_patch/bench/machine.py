@@ -6,14 +6,16 @@ import os
 import platform
 import statistics
 import time
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from typing import Any
 
 import mlx.core as mx
 
+import qsdpa_patch
+
 __all__ = ["copy_bandwidth", "describe_machine"]
 
-_COPIED_BYTES = {mx.DeviceType.cpu: 256 << 20, mx.DeviceType.gpu: 1 << 30}
+_LARGEST_COPY = {mx.DeviceType.cpu: 256 << 20, mx.DeviceType.gpu: 4 << 30}
 
 
 def describe_machine() -> dict[str, Any]:
@@ -27,28 +29,25 @@ def describe_machine() -> dict[str, Any]:
         "cpu_count": os.cpu_count(),
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in ("qsdpa-patch", "mlx", "mlx-lm")},
+        "versions": {"qsdpa-patch": qsdpa_patch.__version__, "mlx": version("mlx"), "mlx-lm": version("mlx-lm")},
     }
 
 
 def copy_bandwidth(repeats: int = 7) -> float:
-    """Bytes per second of an elementwise operation of MLX on one large array: every byte read and written once."""
-    calls = 1 if mx.default_device().type == mx.DeviceType.cpu else 20
-    x = mx.zeros(_COPIED_BYTES[mx.default_device().type] // 4, mx.float32)
-    mx.eval(x)
+    """Bytes per second, read and written, of an elementwise operation of MLX from one large array to another."""
+    x = mx.zeros(_copied_bytes() // 4, mx.float32)
+    mx.eval(x, -x)
     times = []
     for _ in range(repeats):
-        y = x
         start = time.perf_counter()
-        for _ in range(calls):
-            y = -y
-        mx.eval(y)
-        times.append((time.perf_counter() - start) / calls)
+        mx.eval(-x)
+        times.append(time.perf_counter() - start)
+    mx.clear_cache()
     return 2 * x.nbytes / statistics.median(times)
 
 
-def _version(distribution: str) -> str:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return "unknown"
+def _copied_bytes() -> int:
+    """More than any cache holds, and a small part of the memory."""
+    info = mx.device_info()
+    memory = int(info.get("total_memory") or info.get("memory_size") or 16 << 30)
+    return min(_LARGEST_COPY[mx.default_device().type], memory // 16)

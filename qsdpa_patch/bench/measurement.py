@@ -27,15 +27,15 @@ _MAX_RUNS = 1000
 class TimedPath:
     """One way to do the work.
 
-    run: does the work so many times, each after the other, and returns when the last result is there: with it, where
-        it is one to compare.
+    run: starts the work so many times, each after the other, and returns what to evaluate for it to be done, in any
+        form that :func:`mlx.core.eval` takes; ``None`` where it is done already.
     bytes_read: bytes of keys and values that one call has to read, where that is known.
     context: entered around every run, outside the timing (to switch the patch on, say).
     prepare: called once before the first run, in the context.
     """
 
     name: str
-    run: Callable[[int], mx.array | None]
+    run: Callable[[int], Any]
     bytes_read: int | None = None
     context: Callable[[], AbstractContextManager[None]] = nullcontext
     prepare: Callable[[], None] = lambda: None
@@ -46,6 +46,7 @@ class Measurement:
     """What was measured of one path.
 
     samples: seconds per call, one for each run of ``calls_per_run`` calls.
+    host_samples: on a GPU, the part of them that passed before the results were waited for: building the graph.
     peak_bytes: most memory that MLX held during one call, above what was there before.
     route, reason: what the report counted: the route through qsdpa_patch and, unless fused, why.
     difference: of our result from that of :data:`DEQUANTIZED` on the same inputs, the largest over the largest
@@ -57,6 +58,7 @@ class Measurement:
     calls_per_run: int
     bytes_read: int | None = None
     samples: list[float] = field(default_factory=list)
+    host_samples: list[float] = field(default_factory=list)
     peak_bytes: int | None = None
     route: str = ""
     reason: str = ""
@@ -67,7 +69,8 @@ class Measurement:
 def measure(paths: Sequence[TimedPath], *, seconds: float, calls: int) -> list[Measurement]:
     """Time ``paths``, in turns, until each has had ``seconds`` and at least three runs.
 
-    The first call of a path, which may compile kernels, is not counted. A path that raises is left out from there on.
+    The first call and the first run of a path, which may compile kernels, are not counted. A path that raises is left
+    out from there on.
 
     Args:
         paths: what to time.
@@ -77,7 +80,7 @@ def measure(paths: Sequence[TimedPath], *, seconds: float, calls: int) -> list[M
     measurements = [Measurement(path.name, calls, path.bytes_read) for path in paths]
     outputs = {path.name: _attempt(_warm_up, path, measurement) for path, measurement in zip(paths, measurements)}
     ours, wanted = outputs.pop(OURS, None), outputs.pop(DEQUANTIZED, None)
-    if ours is not None and wanted is not None:
+    if isinstance(ours, mx.array) and isinstance(wanted, mx.array):
         next(m for m in measurements if m.name == OURS).difference = _difference(ours, wanted)
     active = [pair for pair in zip(paths, measurements) if not pair[1].error]
     while active:
@@ -87,9 +90,7 @@ def measure(paths: Sequence[TimedPath], *, seconds: float, calls: int) -> list[M
     return measurements
 
 
-def _attempt(
-    step: Callable[[TimedPath, Measurement], mx.array | None], path: TimedPath, measurement: Measurement
-) -> mx.array | None:
+def _attempt(step: Callable[[TimedPath, Measurement], Any], path: TimedPath, measurement: Measurement) -> Any:
     """Take a step of one path; whatever it raises becomes its result."""
     try:
         with path.context():
@@ -97,20 +98,25 @@ def _attempt(
     except Exception as error:
         measurement.error = f"{type(error).__name__}: {error}".strip()
         measurement.samples.clear()
+        measurement.host_samples.clear()
         return None
 
 
-def _warm_up(path: TimedPath, measurement: Measurement) -> mx.array | None:
+def _warm_up(path: TimedPath, measurement: Measurement) -> Any:
+    """Run one call, note its memory and its route, then a whole run; the call's result."""
     path.prepare()
     qsdpa_patch.reset_report()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
     output = path.run(1)
+    mx.eval(output)
     measurement.peak_bytes = max(0, mx.get_peak_memory() - before)
     rows = [row for row in qsdpa_patch.report().rows if row.route != "stock"]
     if rows:
         row = max(rows, key=lambda row: row.calls)
         measurement.route, measurement.reason = row.route, row.reason
+    if measurement.calls_per_run > 1:
+        mx.eval(path.run(measurement.calls_per_run))
     return output
 
 
@@ -122,8 +128,13 @@ def _difference(found: mx.array, wanted: mx.array) -> float:
 
 def _sample(path: TimedPath, measurement: Measurement) -> None:
     start = time.perf_counter()
-    path.run(measurement.calls_per_run)
-    measurement.samples.append((time.perf_counter() - start) / measurement.calls_per_run)
+    output = path.run(measurement.calls_per_run)
+    built = time.perf_counter()
+    mx.eval(output)
+    done = time.perf_counter()
+    measurement.samples.append((done - start) / measurement.calls_per_run)
+    if output is not None and mx.default_device().type == mx.DeviceType.gpu:
+        measurement.host_samples.append((built - start) / measurement.calls_per_run)
 
 
 def _is_done(measurement: Measurement, seconds: float) -> bool:

@@ -19,13 +19,14 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class PathResult:
-    """A measurement and what follows from it; ``summary`` is missing where the path failed.
+    """A measurement and what follows from it; ``summary`` is missing where the path failed, ``host`` on the CPU.
 
     slower_than_ours: its median as a multiple of ours, where both are there.
     """
 
     measurement: Measurement
     summary: Summary | None
+    host: Summary | None
     slower_than_ours: float | None
 
     @property
@@ -45,6 +46,7 @@ class PathResult:
             "difference": measurement.difference,
             "calls_per_run": measurement.calls_per_run,
             "seconds_per_call": measurement.samples,
+            "host_seconds_per_call": measurement.host_samples,
             "peak_bytes": measurement.peak_bytes,
             "bytes_read": measurement.bytes_read,
         }
@@ -73,7 +75,8 @@ class CaseResult:
         for measurement in measurements:
             summary = summaries[measurement.name]
             ratio = summary.median / ours.median if summary and ours and measurement.name != OURS else None
-            paths.append(PathResult(measurement, summary, ratio))
+            host = summarize(measurement.host_samples) if measurement.host_samples else None
+            paths.append(PathResult(measurement, summary, host, ratio))
         return cls(case, paths)
 
 

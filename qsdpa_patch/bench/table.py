@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import re
+from collections.abc import Iterator
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from qsdpa_patch.bench.measurement import DEQUANTIZED
+from qsdpa_patch.bench.measurement import DEQUANTIZED, Measurement
 from qsdpa_patch.bench.results import BenchmarkRun, CaseResult, PathResult
 
 __all__ = ["print_results"]
@@ -26,9 +28,10 @@ def print_results(run: BenchmarkRun, console: Console) -> None:
         console.print()
         console.print(_table(f"{suite}: {label}", list(results), run.copy_bandwidth))
     console.print(
-        "\nTimes: median per call, and the distance between the quartiles in % of it. Speed-up: of qsdpa_patch over "
-        "the path. GB/s: keys and values read, and in % of a large copy's rate on this device "
-        f"({run.copy_bandwidth / 1e9:.1f} GB/s read and written). Memory: the most held in a call, above the inputs.",
+        "\nTimes: median per call, and the distance between the quartiles in % of it. Host: of the time, what passes "
+        "before the result is waited for. Speed-up: of qsdpa_patch over the path. GB/s: keys and values read, and in "
+        f"% of a large copy's rate on this device ({run.copy_bandwidth / 1e9:.1f} GB/s read and written). Memory: the "
+        "most held in a call, above the inputs.",
         style="dim",
         highlight=False,
     )
@@ -38,16 +41,17 @@ def print_results(run: BenchmarkRun, console: Console) -> None:
 def _table(title: str, results: list[CaseResult], copy_bandwidth: float) -> Table:
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     table.add_column("keys, path", no_wrap=True)
-    for heading in ("median", "spread", "runs", "speed-up", "GB/s", "memory"):
+    with_host = any(path.host for result in results for path in result.paths)
+    for heading in ("median", "spread", "runs", *(("host",) if with_host else ()), "speed-up", "GB/s", "memory"):
         table.add_column(heading, justify="right", no_wrap=True)
     for result in results:
         table.add_row(f"{result.case.context}")
         for path in result.paths:
-            table.add_row(*_cells(path, copy_bandwidth))
+            table.add_row(*_cells(path, copy_bandwidth, with_host=with_host))
     return table
 
 
-def _cells(path: PathResult, copy_bandwidth: float) -> list[str]:
+def _cells(path: PathResult, copy_bandwidth: float, *, with_host: bool) -> list[str]:
     measurement, summary, rate = path.measurement, path.summary, path.bytes_per_second
     name = f"  {measurement.name}" + (f" ({measurement.route})" if measurement.route else "")
     if summary is None:
@@ -58,6 +62,7 @@ def _cells(path: PathResult, copy_bandwidth: float) -> list[str]:
         _duration(summary.median),
         f"{summary.spread:.0%}",
         runs,
+        *((_duration(path.host.median) if path.host else "",) if with_host else ()),
         f"{path.slower_than_ours:.2f}x" if path.slower_than_ours is not None else "",
         f"{rate / 1e9:.1f} {rate / copy_bandwidth:4.0%}" if rate else "",
         _size(measurement.peak_bytes),
@@ -65,17 +70,23 @@ def _cells(path: PathResult, copy_bandwidth: float) -> list[str]:
 
 
 def _print_reasons(run: BenchmarkRun, console: Console) -> None:
-    """Each failure, and each reason why a call of ours was not fused, once."""
-    reasons: dict[str, None] = {}
+    """Each failure, and each reason why a call of ours was not fused, once for all contexts."""
+    reasons: dict[str, str] = {}
     for measurement in (path.measurement for result in run.results for path in result.paths):
-        if measurement.difference is not None and not measurement.difference <= _LARGEST_DIFFERENCE:
-            reasons[f"WRONG: {measurement.name} differs from {DEQUANTIZED} by {measurement.difference:.1%}"] = None
-        if measurement.error:
-            reasons[f"{measurement.name} fails: {measurement.error}"] = None
-        elif measurement.reason:
-            reasons[f"{measurement.name} took the route {measurement.route}: {measurement.reason}"] = None
-    for reason in reasons:
+        for reason in _reasons(measurement):
+            reasons.setdefault(re.sub(r"\d+", "#", reason), reason)
+    for reason in reasons.values():
         console.print(reason, highlight=False, markup=False, soft_wrap=True)
+
+
+def _reasons(measurement: Measurement) -> Iterator[str]:
+    name, difference = measurement.name, measurement.difference
+    if difference is not None and not difference <= _LARGEST_DIFFERENCE:
+        yield f"WRONG: {name} differs from {DEQUANTIZED} by {difference:.1%}"
+    if measurement.error:
+        yield f"{name} fails: {measurement.error}"
+    elif measurement.reason:
+        yield f"{name} took the route {measurement.route}: {measurement.reason}"
 
 
 def _duration(seconds: float) -> str:

@@ -37,8 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", default=_PROMPT, help="default: %(default)s")
     parser.add_argument("--max-tokens", type=_positive, default=48, metavar="N", help="to generate at most (48)")
     parser.add_argument(
-        "--text-tokens", type=_at_least_two, default=192, metavar="N",
-        help="length of the fixed text that distributions are compared on (192; it has about 330)",
+        "--text-tokens", type=_at_least_two, default=160, metavar="N",
+        help="length of the fixed text that distributions are compared on (160; it has about 330)",
     )  # fmt: skip
     parser.add_argument(
         "--kv-bits", type=int, nargs="+", default=[8, 4], choices=AFFINE_BITS, metavar="BITS",

@@ -20,7 +20,7 @@ def test_runs_take_turns() -> None:
 
     paths = [recorded("a"), recorded("b")]
     measurements = measure(paths, seconds=0, calls=5)
-    assert order == ["a1", "b1"] + ["a5", "b5"] * 3  # a call to warm up, then three runs
+    assert order == ["a1", "a5", "b1", "b5"] + ["a5", "b5"] * 3  # a call and a run to warm up, then three runs
     assert [len(m.samples) for m in measurements] == [3, 3]
     assert all(m.calls_per_run == 5 and not m.error for m in measurements)
 
@@ -50,7 +50,7 @@ def test_a_failing_path_leaves_the_others_alone() -> None:
 
 
 def test_a_failure_later_on() -> None:
-    runs = iter([None, None])
+    runs = iter([None, None])  # one to warm up, one sample
     late, fine = measure(
         [TimedPath("late", lambda calls: next(runs)), TimedPath("fine", lambda calls: None)], seconds=0, calls=1
     )
