@@ -7,6 +7,7 @@ from typing import Any
 import mlx.core as mx
 
 from qsdpa_patch.caches.base import DEFAULT_FORMAT, QuantizedCache
+from qsdpa_patch.caches.codec import Codec, fit_codec
 from qsdpa_patch.caches.packed_rows import Rows, allocate, capacity, pad, select, stack
 from qsdpa_patch.kernels.format import Format
 from qsdpa_patch.layer_tags import set_tag, tag_of
@@ -90,13 +91,22 @@ class BatchQuantizedCache(QuantizedCache):
         self._idx = last
 
     def _share_codecs(self, other: QuantizedCache) -> None:
-        """Store rows as ``other`` does. Both must agree, once both have rows."""
-        if other._codecs is None:
+        """Store rows as ``other`` does, which must be how this cache does or would."""
+        codecs = self._codecs or other._codecs
+        if codecs is None:
             return
-        if self._codecs is None:
-            self._set_codecs(*other._codecs)
-        elif self._codecs != other._codecs:
-            raise ValueError(f"no batch of caches that store rows as {self._codecs} and as {other._codecs}")
+        if not _codecs_like(self, codecs) == codecs == _codecs_like(other, codecs):
+            formats = [f"{cache.key_format} keys and {cache.value_format} values" for cache in (self, other)]
+            raise ValueError(f"no batch of caches that store rows differently: {formats[0]}, and {formats[1]}")
+        self._set_codecs(*codecs)
+
+
+def _codecs_like(cache: QuantizedCache, codecs: tuple[Codec, Codec]) -> tuple[Codec, Codec]:
+    """The codecs of ``cache``, or those that it would have for rows like those of ``codecs``."""
+    if cache._codecs is not None:
+        return cache._codecs
+    keys, values = codecs
+    return fit_codec(cache.key_format, keys.dim, keys.dtype), fit_codec(cache.value_format, values.dim, values.dtype)
 
 
 def _lead_in(rows: Rows | None, like: Rows, length: int) -> Rows:

@@ -21,6 +21,7 @@ from qsdpa_patch.caches import (
     quantized,
 )
 from qsdpa_patch.kernels.format import Format
+from qsdpa_patch.kernels.quantized_tensor import quantize
 from qsdpa_patch.latent_rope import RopeKeys
 from qsdpa_patch.layer_tags import LayerTag, set_tag, tag_of
 from tests.qsdpa_patch.caches.batch_twins import BATCH_OPERATIONS, BatchTwins
@@ -144,6 +145,23 @@ def test_a_batch_of_empty_caches_is_empty() -> None:
     assert batch.key_format == Format.named("mxfp4")
 
 
+def test_a_sequence_without_rows_can_be_taken_out_and_filled() -> None:
+    rows = Rows(Kind(batch=2))
+    pairs: list[list[Any]] = [
+        [QuantizedKVCache(), QuantizedKVCache()],
+        [QuantizedRotatingKVCache(5), QuantizedRotatingKVCache(5)],
+    ]
+    for singles in pairs:
+        batch = singles[0].merge(singles)
+        batch.update_and_fetch(*rows.draw(3))
+        batch.trim(3)
+        for count in (1, 2):
+            one = batch.extract(0)
+            assert one.offset == 0
+            keys, values = rows.draw(count, batch=1)
+            assert_same(one.update_and_fetch(keys, values)[0], quantize(keys, Format.affine(8)).dequantize())
+
+
 def test_latents_stay_latents_in_a_batch() -> None:
     format = Format.affine(4)
     rows = Rows(Kind(format, None, 256, 64, heads=1))
@@ -183,6 +201,8 @@ def test_caches_that_make_no_batch_are_refused() -> None:
         QuantizedKVCache.merge(caches)
     with pytest.raises(ValueError, match="no batch"):
         QuantizedKVCache.merge(caches[:1]).extend(QuantizedKVCache.merge(caches[1:]))
+    with pytest.raises(ValueError, match="8-bit g64 keys and 8-bit g64 values, and 4-bit g64 keys"):
+        QuantizedKVCache.merge([QuantizedKVCache(Format.affine(8)), caches[0]])
     with pytest.raises(TypeError, match="no place for KVCache"):
         QuantizedKVCache.merge([caches[0], KVCache()])
     sizes = [QuantizedRotatingKVCache(size) for size in (5, 6)]
