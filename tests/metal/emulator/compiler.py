@@ -215,7 +215,9 @@ def _argument(parameter: str, template: Mapping[str, str]) -> str:
         name = re.match(r"\s*(\w+)", attribute)
         if name is None or name[1] not in _ATTRIBUTES:
             raise MetalError(f"parameter with an unknown attribute: {parameter}")
-        return _ATTRIBUTES[name[1]]
+        value = _ATTRIBUTES[name[1]]
+        components = {"uint": ".x", "uint2": ".xy"}.get(type_name, "")
+        return value + components if "uint3" in value or "EMU_3" in value else value
     if type_name.endswith("&"):
         return f"*({type_name[:-1]}*)A[{buffer[1]}]"
     return f"({type_name})A[{buffer[1]}]"
