@@ -19,12 +19,6 @@ from qsdpa_patch.report import recorder
 
 __all__ = ["make_maybe_quantize_kv_cache", "make_prompt_cache_maker", "make_to_quantized", "quantize_cache"]
 
-_CONVERTIBLE = (
-    mlx_lm_cache.KVCache,
-    mlx_lm_cache.RotatingKVCache,
-    mlx_lm_cache.ChunkedKVCache,
-    mlx_lm_cache.CacheList,
-)
 _UNTAGGED = "(unknown)"
 
 
@@ -48,7 +42,7 @@ def make_maybe_quantize_kv_cache(original: Callable[..., None]) -> Callable[...,
         if kv_bits is None:
             return
         for index, cache in enumerate(prompt_cache):
-            if type(cache) not in _CONVERTIBLE:
+            if not _is_plain(cache):
                 _note_kept(cache)
             elif _position(cache) >= quantized_kv_start:
                 prompt_cache[index] = quantize_cache(cache, kv_bits, kv_group_size, index)
@@ -85,7 +79,7 @@ def quantize_cache(cache: Any, bits: int, group_size: int, index: int = 0, part:
         members = (quantize_cache(inner, bits, group_size, index, i) for i, inner in enumerate(cache.caches))
         cache.caches = tuple(members)
         return cache
-    if type(cache) not in _CONVERTIBLE:
+    if not _is_plain(cache):
         _note_kept(cache)
         return cache
     plan = _plan(cache, tag, index, part)
@@ -99,6 +93,11 @@ def quantize_cache(cache: Any, bits: int, group_size: int, index: int = 0, part:
     set_tag(quantized, LayerTag(model_type, tag.declared if tag else "", index, kind))
     _note_own_attention(model_type, kind)
     return quantized
+
+
+def _is_plain(cache: Any) -> bool:
+    """Whether ``cache`` has a quantized twin, and is not mlx-lm's own quantized one, which serves as it is."""
+    return caches.is_quantizable(cache) and type(cache) is not mlx_lm_cache.QuantizedKVCache
 
 
 def _plan(cache: Any, tag: LayerTag | None, index: int, part: int) -> LayerPlan:
