@@ -27,7 +27,7 @@ from qsdpa_patch.kernels.cpu.compiler import Compiler, CompilerError
 __all__ = ["CompilerError", "Library", "cache_directory", "load_library"]
 
 _log = logging.getLogger(__name__)
-_MAIN = "attention.c"
+_MAIN = "kernels.c"
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,10 @@ def _open(path: Path) -> ctypes.CDLL:
     functions = ctypes.CDLL(str(path))
     functions.qsdpa_attend.argtypes = (ctypes.c_char_p, ctypes.c_double)
     functions.qsdpa_attend.restype = ctypes.c_int
+    functions.qsdpa_read.argtypes = (ctypes.c_void_p, ctypes.c_long, ctypes.c_long)
+    functions.qsdpa_read.restype = ctypes.c_int
+    functions.qsdpa_multiply_add.argtypes = (ctypes.c_long, ctypes.c_long)
+    functions.qsdpa_multiply_add.restype = ctypes.c_long
     return functions
 
 

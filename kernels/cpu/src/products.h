@@ -25,7 +25,7 @@ INLINE void score_block(int rows, int steps, const float *q, long q_row, long di
     for (long d = 0; d < dim; d += steps) {
       UNROLL for (int s = 0; s < steps; s++) {
         vf key[KEY_VECTORS];
-        UNROLL for (int v = 0; v < KEY_VECTORS; v++) key[v] = load(keys + (d + s) * TILE + t + v * LANES);
+        UNROLL for (int v = 0; v < KEY_VECTORS; v++) key[v] = keep(load(keys + (d + s) * TILE + t + v * LANES));
         UNROLL for (int r = 0; r < rows; r++) {
           const vf x = splat(q[r * q_row + d + s]);
           UNROLL for (int v = 0; v < KEY_VECTORS; v++) sum[s][r][v] += x * key[v];
@@ -70,7 +70,7 @@ INLINE void output_block(int rows, int vectors, const float *weights, const floa
   }
   for (long t = 0; t < count; t++) {
     vf value[8];
-    UNROLL for (int v = 0; v < vectors; v++) value[v] = load(values + t * dim + v * LANES);
+    UNROLL for (int v = 0; v < vectors; v++) value[v] = keep(load(values + t * dim + v * LANES));
     UNROLL for (int r = 0; r < rows; r++) {
       const vf x = splat(weights[r * TILE + t]);
       UNROLL for (int v = 0; v < vectors; v++) sum[r][v] += x * value[v];

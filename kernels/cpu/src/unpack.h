@@ -9,7 +9,7 @@
 
 #include "convert.h"
 
-#define TILE 32 /* keys */
+#define TILE 64 /* keys */
 
 enum { AFFINE, E2M1, E4M3 };
 
@@ -23,6 +23,11 @@ typedef struct {
   view codes, scales, biases;
   int64_t kind, bits, group_size, symmetric, scale_type, dim;
 } packed;
+
+/* Hardware prefetchers stop at a page's end, and a tile of one head is about that long. */
+INLINE void prefetch(const uint8_t *from, long size) {
+  for (long i = 0; i < size; i += 64) __builtin_prefetch(from + i);
+}
 
 INLINE const uint8_t *row_of(const view *v, long sequence, long head, long row) {
   return v->data + sequence * v->sequence + head * v->head + row * v->row;
@@ -119,7 +124,11 @@ INLINE void transpose_block(int n, const uint8_t *from, long row, uint32_t *to) 
 INLINE void transpose_tile(int n, const uint8_t *from, long row, long words, uint32_t *to) {
   for (long c = 0; c < words; c += n) {
     const long column = c + n <= words ? c : words - n;
-    for (long t = 0; t < TILE; t += n) transpose_block(n, from + t * row + column * 4, row, to + column * TILE + t);
+    for (long t = 0; t < TILE; t += n) {
+      const uint8_t *block = from + t * row + column * 4;
+      UNROLL for (int i = 0; i < n; i++) __builtin_prefetch(block + (TILE + i) * row);
+      transpose_block(n, block, row, to + column * TILE + t);
+    }
   }
 }
 
@@ -171,25 +180,35 @@ INLINE void unpack_key_blocks(int kind, int bits, const packed *p, const uint32_
   }
 }
 
-/* Keys first .. first + count as [dim][TILE] in `to`; zeros for the keys after them. `work`: floats for words and
-   scales, (words + 4 * groups) * TILE of them. */
-__attribute__((noinline)) static void unpack_keys(const packed *p, long sequence, long head, long first, long count, float *work, float *to) {
+typedef struct {
+  const uint32_t *words;         /* [words][TILE] */
+  const float *scales, *biases; /* [groups][TILE] */
+} key_parts;
+
+/* The packed keys first .. first + count, transposed, in `work`: (words + 4 * groups) * TILE numbers. Zeros for the
+   keys after them. */
+static key_parts load_key_parts(const packed *p, long sequence, long head, long first, long count, float *work) {
   const long groups = p->dim / p->group_size, words = p->dim * p->bits / 32;
-  uint32_t *transposed = (uint32_t *)work;
   float *rows = work + words * TILE, *scales = rows + 2 * groups * TILE, *biases = scales + groups * TILE;
   load_scales(p, sequence, head, first, count, rows, rows + groups * TILE);
   transpose_floats(rows, groups, scales);
   transpose_floats(rows + groups * TILE, groups, biases);
-  transpose_words(row_of(&p->codes, sequence, head, first), p->codes.row, words, count, transposed);
+  transpose_words(row_of(&p->codes, sequence, head, first), p->codes.row, words, count, (uint32_t *)work);
+  return (key_parts){(uint32_t *)work, scales, biases};
+}
+
+/* Keys first .. first + count as [dim][TILE] in `to`; zeros for the keys after them. `work`: see load_key_parts. */
+static void unpack_keys(const packed *p, long sequence, long head, long first, long count, float *work, float *to) {
+  const key_parts k = load_key_parts(p, sequence, head, first, count, work);
   switch (p->kind == AFFINE ? p->bits : 100 + p->kind) {
-    case 2: unpack_key_blocks(AFFINE, 2, p, transposed, scales, biases, to); break;
-    case 3: unpack_key_blocks(AFFINE, 3, p, transposed, scales, biases, to); break;
-    case 4: unpack_key_blocks(AFFINE, 4, p, transposed, scales, biases, to); break;
-    case 5: unpack_key_blocks(AFFINE, 5, p, transposed, scales, biases, to); break;
-    case 6: unpack_key_blocks(AFFINE, 6, p, transposed, scales, biases, to); break;
-    case 8: unpack_key_blocks(AFFINE, 8, p, transposed, scales, biases, to); break;
-    case 100 + E2M1: unpack_key_blocks(E2M1, 4, p, transposed, scales, biases, to); break;
-    case 100 + E4M3: unpack_key_blocks(E4M3, 8, p, transposed, scales, biases, to); break;
+    case 2: unpack_key_blocks(AFFINE, 2, p, k.words, k.scales, k.biases, to); break;
+    case 3: unpack_key_blocks(AFFINE, 3, p, k.words, k.scales, k.biases, to); break;
+    case 4: unpack_key_blocks(AFFINE, 4, p, k.words, k.scales, k.biases, to); break;
+    case 5: unpack_key_blocks(AFFINE, 5, p, k.words, k.scales, k.biases, to); break;
+    case 6: unpack_key_blocks(AFFINE, 6, p, k.words, k.scales, k.biases, to); break;
+    case 8: unpack_key_blocks(AFFINE, 8, p, k.words, k.scales, k.biases, to); break;
+    case 100 + E2M1: unpack_key_blocks(E2M1, 4, p, k.words, k.scales, k.biases, to); break;
+    case 100 + E4M3: unpack_key_blocks(E4M3, 8, p, k.words, k.scales, k.biases, to); break;
   }
 }
 
@@ -215,6 +234,38 @@ INLINE vu shifted_codes(vu words, int shift, int period, int bits) {
 }
 
 INLINE vu splat_word(uint32_t x) { return (vu){0} + x; }
+
+#if LANES >= 8
+/* Lane j holds in its lowest byte the codes of 4 bits of dimensions 2 * (j / 2) and the next, and more above it. */
+INLINE vu spread_bytes(const uint8_t *from, int i) {
+  typedef uint64_t vu64 __attribute__((vector_size(4 * LANES)));
+  typedef uint8_t vu8 __attribute__((vector_size(4 * LANES)));
+  const vu8 bytes = (vu8)((vu64){0} + bytes_at(from, 8));
+#define LANE(n) n, n, n, n
+#define TWO_LANES(n) LANE(n), LANE(n)
+  (void)i;
+#if LANES == 16
+  return (vu)__builtin_shufflevector(bytes, bytes, TWO_LANES(0), TWO_LANES(1), TWO_LANES(18), TWO_LANES(19),
+                                     TWO_LANES(36), TWO_LANES(37), TWO_LANES(54), TWO_LANES(55));
+#else
+  return i ? (vu)__builtin_shufflevector(bytes, bytes, TWO_LANES(4), TWO_LANES(5), TWO_LANES(22), TWO_LANES(23))
+           : (vu)__builtin_shufflevector(bytes, bytes, TWO_LANES(0), TWO_LANES(1), TWO_LANES(18), TWO_LANES(19));
+#endif
+}
+
+/* Of the even and the odd lanes of spread_bytes: where the code lies, and what it is to be multiplied by. */
+INLINE vu nibble_masks(void) {
+  vu v;
+  UNROLL for (int j = 0; j < LANES; j++) v[j] = j % 2 ? 0xf0 : 0x0f;
+  return v;
+}
+
+INLINE vf nibble_factors(void) {
+  vf v;
+  UNROLL for (int j = 0; j < LANES; j++) v[j] = j % 2 ? 1.0f / 16 : 1.0f;
+  return v;
+}
+#endif
 
 /* Dimensions i .. i + LANES of the sixteen whose codes start at `from`; i is a multiple of LANES. */
 INLINE vu value_codes(int bits, const uint8_t *from, int i) {
@@ -247,25 +298,43 @@ INLINE vu value_codes(int bits, const uint8_t *from, int i) {
 #endif
 }
 
+INLINE vf unpack_value_vector(int kind, int bits, const uint8_t *from, int i, vf scale, vf bias) {
+#if LANES >= 8
+  if (kind == AFFINE && bits == 4) { /* the odd dimension stays in the high half of its byte: no shift */
+    const vi masked = (vi)(spread_bytes(from, i) & nibble_masks());
+    return __builtin_convertvector(masked, vf) * (scale * nibble_factors()) + bias;
+  }
+#endif
+  const vf value = decode(value_codes(bits, from, i), kind);
+  return kind == AFFINE ? value * scale + bias : value * scale;
+}
+
 INLINE void unpack_value_rows(int kind, int bits, const packed *p, const uint8_t *codes, long count,
                               const float *scales, const float *biases, float *to) {
-  const long groups = p->dim / p->group_size, sixteens = p->group_size / 16;
-  for (long t = 0; t < count; t++) {
-    const uint8_t *from = codes + t * p->codes.row;
+  const long groups = p->dim / p->group_size, sixteens = p->group_size / 16, skip = p->codes.row - p->dim / 8 * bits;
+  for (long t = 0; t < count; t++, codes += skip) {
+    prefetch(codes + TILE * p->codes.row, p->dim / 8 * bits);
     for (long g = 0; g < groups; g++) {
       const vf scale = splat(*scales++), bias = splat(*biases++);
-      for (long k = 0; k < sixteens; k++, from += 2 * bits) {
+      long k = sixteens;
+      do { /* two at a time: one group alone has a single sixteen */
         UNROLL for (int i = 0; i < 16; i += LANES, to += LANES) {
-          const vf value = decode(value_codes(bits, from, i), kind);
-          store(to, kind == AFFINE ? value * scale + bias : value * scale);
+          store(to, unpack_value_vector(kind, bits, codes, i, scale, bias));
         }
-      }
+        codes += 2 * bits;
+        if (k == 1) break;
+        UNROLL for (int i = 0; i < 16; i += LANES, to += LANES) {
+          store(to, unpack_value_vector(kind, bits, codes, i, scale, bias));
+        }
+        codes += 2 * bits;
+        k -= 2;
+      } while (k);
     }
   }
 }
 
 /* Values first .. first + count as [count][dim] in `to`. `work`: 2 * groups * TILE floats. */
-__attribute__((noinline)) static void unpack_values(const packed *p, long sequence, long head, long first, long count, float *work, float *to) {
+static void unpack_values(const packed *p, long sequence, long head, long first, long count, float *work, float *to) {
   const uint8_t *codes = row_of(&p->codes, sequence, head, first);
   float *scales = work, *biases = work + p->dim / p->group_size * TILE;
   load_scales(p, sequence, head, first, count, scales, biases);

@@ -42,23 +42,60 @@ INLINE vf splat(float x) { return x - (vf){0}; }
 
 INLINE vf to_float(vu v) { return __builtin_convertvector((vi)v, vf); }
 
-INLINE vf blend(vi mask, vf yes, vf no) { return (vf)(((vi)yes & mask) | ((vi)no & ~mask)); }
+INLINE vf larger(vf a, vf b) {
+  const vi first = a > b;
+  return (vf)(((vi)a & first) | ((vi)b & ~first));
+}
 
-INLINE vf larger(vf a, vf b) { return blend(a > b, a, b); }
+/* Keeps v in a register: compilers like to read it from memory again at each use, and the loads are the bottleneck. */
+INLINE vf keep(vf v) {
+#if LANES == 16
+  __asm__("" : "+v"(v));
+#elif defined(__x86_64__)
+  __asm__("" : "+x"(v));
+#elif defined(__aarch64__)
+  __asm__("" : "+w"(v));
+#endif
+  return v;
+}
+
+/* Lane i takes lane i ^ 1, i ^ 2, ... : every lane ends up with all. */
+#if LANES == 16
+#define SWAP_LANES_8(v) __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7)
+#define SWAP_LANES_4(v) __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11)
+#define SWAP_LANES_2(v) __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13)
+#define SWAP_LANES_1(v) __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14)
+#elif LANES == 8
+#define SWAP_LANES_4(v) __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3)
+#define SWAP_LANES_2(v) __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5)
+#define SWAP_LANES_1(v) __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6)
+#else
+#define SWAP_LANES_2(v) __builtin_shufflevector(v, v, 2, 3, 0, 1)
+#define SWAP_LANES_1(v) __builtin_shufflevector(v, v, 1, 0, 3, 2)
+#endif
 
 INLINE float lanes_max(vf v) {
-  float m = v[0];
-  UNROLL for (int i = 1; i < LANES; i++) m = v[i] > m ? v[i] : m;
-  return m;
+#if LANES >= 16
+  v = larger(SWAP_LANES_8(v), v);
+#endif
+#if LANES >= 8
+  v = larger(SWAP_LANES_4(v), v);
+#endif
+  v = larger(SWAP_LANES_2(v), v);
+  v = larger(SWAP_LANES_1(v), v);
+  return v[0];
 }
 
 INLINE float lanes_sum(vf v) {
-  float lanes[LANES];
-  memcpy(lanes, &v, sizeof v);
-  UNROLL for (int half = LANES / 2; half; half /= 2) {
-    UNROLL for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
-  }
-  return lanes[0];
+#if LANES >= 16
+  v += SWAP_LANES_8(v);
+#endif
+#if LANES >= 8
+  v += SWAP_LANES_4(v);
+#endif
+  v += SWAP_LANES_2(v);
+  v += SWAP_LANES_1(v);
+  return v[0];
 }
 
 /* exp(x) for x <= 0, -inf included, to about one unit in the last place; 0 below -87.7. Cody and Waite's reduction by

@@ -5,10 +5,13 @@
    unpacked once for all rows of the block, scores and softmax are float32, and the softmax is online (Milakov and
    Gimelshein 2018, as in FlashAttention), so that no score matrix exists. Pieces of the same rows are merged by their
    log-sum-exps. Row = position * group + head in group: a causal block needs no tile beyond its last position. */
+#ifndef QSDPA_ATTENTION_H
+#define QSDPA_ATTENTION_H
+
 #include <math.h>
 #include <stddef.h>
 
-#include "products.h"
+#include "fused_products.h"
 #include "threads.h"
 
 enum { NO_MASK, CAUSAL, BOOLEAN, ADDITIVE };
@@ -39,7 +42,7 @@ typedef struct {
 } plan;
 
 typedef struct {
-  float *q, *keys, *values, *scores, *out, *peak, *total, *decay, *mask, *work;
+  float *q, *keys, *values, *scores, *out, *peak, *total, *decay, *mask, *work; /* total: LANES partial ones a row */
 } memory;
 
 static size_t aligned(size_t n) { return (n + 15) / 16 * 16; }
@@ -55,7 +58,7 @@ static size_t part_memory(const plan *p, float *start, memory *m) {
   size_t work = key_work > value_work ? key_work : value_work;
   if (work < (size_t)p->dim + TILE) work = (size_t)p->dim + TILE;
   const size_t sizes[] = {rows * (size_t)p->dim, (size_t)p->dim * TILE, value_dim * TILE, rows * TILE,
-                          rows * value_dim,      rows,                  rows,             rows,
+                          rows * value_dim,      rows,                  rows * LANES,     rows,
                           TILE,                  work};
   float **parts[] = {&m->q, &m->keys, &m->values, &m->scores, &m->out, &m->peak, &m->total, &m->decay, &m->mask,
                      &m->work};
@@ -88,6 +91,12 @@ static void load_queries(const plan *p, const piece *w, float *q) {
     to_floats(row_of(&c->rope_queries, w->sequence, head, position), (int)c->rope_query_type, c->rope_dim,
               q + c->keys.dim);
     for (long d = c->keys.dim + c->rope_dim; d < p->dim; d++) q[d] = 0;
+  }
+}
+
+static void transpose_queries(const float *restrict q, long rows, long dim, float *restrict to) {
+  for (long d = 0; d < dim; d++) {
+    for (long r = 0; r < rows; r++) to[d * rows + r] = q[r * dim + d];
   }
 }
 
@@ -134,7 +143,7 @@ static void mask_scores(const plan *p, const piece *w, long first, long count, f
 
 /* Scores to weights, against the running peak of each row; the running totals and the decay of what is summed so far.
    False when no weight of the tile is positive. */
-__attribute__((noinline)) static int soften_scores(long rows, float *scores, float *peak, float *total, float *decay) {
+static int soften_scores(long rows, float *scores, float *peak, float *total, float *decay) {
   int any = 0;
   for (long r = 0; r < rows; r++, scores += TILE) {
     vf high = load(scores);
@@ -152,8 +161,9 @@ __attribute__((noinline)) static int soften_scores(long rows, float *scores, flo
       store(scores + t, weight);
       sum += weight;
     }
-    decay[r] = new_peak == peak[r] ? 1.0f : exp_nonpositive(splat(peak[r] - new_peak))[0];
-    total[r] = total[r] * decay[r] + lanes_sum(sum);
+    decay[r] = 1;
+    if (new_peak > peak[r]) decay[r] = exp_nonpositive(splat(peak[r] - new_peak))[0];
+    store(total + r * LANES, load(total + r * LANES) * decay[r] + sum);
     peak[r] = new_peak;
   }
   return any;
@@ -162,18 +172,30 @@ __attribute__((noinline)) static int soften_scores(long rows, float *scores, flo
 static void attend_piece(const plan *p, const piece *w, const memory *m) {
   const call *c = p->c;
   const long value_dim = c->values.dim;
+  const int fuse_keys = !c->rope_dim && can_fuse(&c->keys, w->rows), fuse_values = can_fuse(&c->values, w->rows);
   load_queries(p, w, m->q);
+  if (fuse_keys) transpose_queries(m->q, w->rows, p->dim, m->keys); /* no tile of keys needs that memory */
   memset(m->out, 0, (size_t)(w->rows * value_dim) * sizeof *m->out);
-  for (long r = 0; r < w->rows; r++) m->peak[r] = -INFINITY, m->total[r] = 0;
+  memset(m->total, 0, (size_t)w->rows * LANES * sizeof *m->total);
+  for (long r = 0; r < w->rows; r++) m->peak[r] = -INFINITY;
   for (long first = w->first_key; first < w->end_key; first += TILE) {
     const long count = w->end_key - first < TILE ? w->end_key - first : TILE;
-    unpack_keys(&c->keys, w->sequence, w->kv_head, first, count, m->work, m->keys);
-    if (c->rope_dim) load_rope_keys(p, w, first, count, m->work, m->keys + c->keys.dim * TILE);
-    score_tile(w->rows, m->q, p->dim, p->dim, m->keys, m->scores);
+    if (fuse_keys) {
+      fused_score_tile(w->rows, &c->keys, w->sequence, w->kv_head, first, count, m->work, m->keys, m->scores);
+    } else {
+      unpack_keys(&c->keys, w->sequence, w->kv_head, first, count, m->work, m->keys);
+      if (c->rope_dim) load_rope_keys(p, w, first, count, m->work, m->keys + c->keys.dim * TILE);
+      score_tile(w->rows, m->q, p->dim, p->dim, m->keys, m->scores);
+    }
     if (c->mask_kind != NO_MASK || count < TILE) mask_scores(p, w, first, count, m->mask, m->scores);
     if (!soften_scores(w->rows, m->scores, m->peak, m->total, m->decay)) continue;
-    unpack_values(&c->values, w->sequence, w->kv_head, first, count, m->work, m->values);
-    output_tile(w->rows, m->scores, m->decay, m->values, value_dim, count, m->out);
+    if (fuse_values) {
+      fused_output_tile(w->rows, &c->values, w->sequence, w->kv_head, first, count, m->work, m->scores, m->decay,
+                        m->out);
+    } else {
+      unpack_values(&c->values, w->sequence, w->kv_head, first, count, m->work, m->values);
+      output_tile(w->rows, m->scores, m->decay, m->values, value_dim, count, m->out);
+    }
   }
 }
 
@@ -233,14 +255,14 @@ static void run_piece(void *argument, long item, float *start) {
   attend_piece(p, &w, &m);
   const long value_dim = c->values.dim;
   if (p->splits == 1) {
-    for (long r = 0; r < w.rows; r++) write_row(p, &w, r, m.out + r * value_dim, m.peak[r], m.total[r]);
+    for (long r = 0; r < w.rows; r++) write_row(p, &w, r, m.out + r * value_dim, m.peak[r], lanes_sum(load(m.total + r * LANES)));
     return;
   }
   const long width = value_dim + 2, stride = (p->rows < MOST_ROWS ? p->rows : MOST_ROWS) * width;
   float *partials = p->partials + unit * p->splits * stride, *to = partials + split * stride;
   for (long r = 0; r < w.rows; r++, to += width) {
     memcpy(to, m.out + r * value_dim, (size_t)value_dim * sizeof *to);
-    to[value_dim] = m.peak[r], to[value_dim + 1] = m.total[r];
+    to[value_dim] = m.peak[r], to[value_dim + 1] = lanes_sum(load(m.total + r * LANES));
   }
   if (__atomic_add_fetch(p->finished + unit, 1, __ATOMIC_ACQ_REL) == p->splits) merge_splits(p, &w, partials);
 }
@@ -279,3 +301,5 @@ __attribute__((visibility("default"))) int qsdpa_attend(const call *c, double sc
   free(p.finished);
   return failed;
 }
+
+#endif

@@ -1,0 +1,3 @@
+/* Everything, as one translation unit: one short run of the compiler, and one pool of threads. */
+#include "attention.h"
+#include "limits.h"
