@@ -50,11 +50,12 @@ def attention_paths(case: Case, kernels: str) -> list[TimedPath]:
     def patch() -> AbstractContextManager[None]:
         return qsdpa_patch.enabled(kernels=kernels)
 
+    packed_work, plain_work = case.work(packed_bytes), case.work(plain_bytes)
     return [
-        TimedPath(OURS, chained(ours, queries, packed), packed_bytes, patch),
-        TimedPath("mlx-lm quantized", chained(stock, queries, packed), packed_bytes),
-        TimedPath(DEQUANTIZED, chained(dequantized, queries, packed), packed_bytes),
-        TimedPath(f"SDPA, {dtype_name(case.dtype)} cache", chained(unquantized, queries, plain), plain_bytes),
+        TimedPath(OURS, chained(ours, queries, packed), packed_work, patch),
+        TimedPath("mlx-lm quantized", chained(stock, queries, packed), packed_work),
+        TimedPath(DEQUANTIZED, chained(dequantized, queries, packed), packed_work),
+        TimedPath(f"SDPA, {dtype_name(case.dtype)} cache", chained(unquantized, queries, plain), plain_work),
     ]
 
 

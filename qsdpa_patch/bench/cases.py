@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import mlx.core as mx
 
+from qsdpa_patch.bench.limits import Work
 from qsdpa_patch.kernels.format import Format
 from qsdpa_patch.kernels.quantized_tensor import QuantizedTensor, quantize
 
@@ -44,6 +45,12 @@ class Case:
     key_format: Format
     value_format: Format
     rope_dim: int = 0
+
+    def work(self, nbytes: int) -> Work:
+        """The least that attention over keys and values of ``nbytes`` has to do."""
+        pairs = self.query_length * self.context - self.query_length * (self.query_length - 1) // 2  # causal
+        products = self.key_dim + self.rope_dim + self.value_dim
+        return Work(nbytes, self.batch * self.heads * pairs * products)
 
     @property
     def label(self) -> str:

@@ -57,11 +57,12 @@ def latent_paths(case: Case, kernels: str) -> list[TimedPath]:
     def prepare_stock() -> None:
         stock.append(_filled(case, mlx_lm_cache.QuantizedKVCache(**stock_format(case))))
 
+    packed_work, plain_work = case.work(packed_bytes), case.work(plain_bytes)
     return [
-        TimedPath(OURS, chained(over_cache, queries, packed), packed_bytes, patch),
-        TimedPath("mlx-lm quantized", chained(over_cache, queries, stock), packed_bytes, prepare=prepare_stock),
-        TimedPath(DEQUANTIZED, chained(dequantized, queries, packed), packed_bytes),
-        TimedPath(f"SDPA, {dtype_name(case.dtype)} cache", chained(over_cache, queries, plain), plain_bytes),
+        TimedPath(OURS, chained(over_cache, queries, packed), packed_work, patch),
+        TimedPath("mlx-lm quantized", chained(over_cache, queries, stock), packed_work, prepare=prepare_stock),
+        TimedPath(DEQUANTIZED, chained(dequantized, queries, packed), packed_work),
+        TimedPath(f"SDPA, {dtype_name(case.dtype)} cache", chained(over_cache, queries, plain), plain_work),
     ]
 
 

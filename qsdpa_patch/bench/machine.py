@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import statistics
-import time
 from importlib.metadata import version
 from typing import Any
 
@@ -13,9 +11,7 @@ import mlx.core as mx
 
 import qsdpa_patch
 
-__all__ = ["copy_bandwidth", "describe_machine"]
-
-_LARGEST_COPY = {mx.DeviceType.cpu: 256 << 20, mx.DeviceType.gpu: 4 << 30}
+__all__ = ["describe_machine"]
 
 
 def describe_machine() -> dict[str, Any]:
@@ -31,23 +27,3 @@ def describe_machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {"qsdpa-patch": qsdpa_patch.__version__, "mlx": version("mlx"), "mlx-lm": version("mlx-lm")},
     }
-
-
-def copy_bandwidth(repeats: int = 7) -> float:
-    """Bytes per second, read and written, of an elementwise operation of MLX from one large array to another."""
-    x = mx.zeros(_copied_bytes() // 4, mx.float32)
-    mx.eval(x, -x)
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        mx.eval(-x)
-        times.append(time.perf_counter() - start)
-    mx.clear_cache()
-    return 2 * x.nbytes / statistics.median(times)
-
-
-def _copied_bytes() -> int:
-    """More than any cache holds, and a small part of the memory."""
-    info = mx.device_info()
-    memory = int(info.get("total_memory") or info.get("memory_size") or 16 << 30)
-    return min(_LARGEST_COPY[mx.default_device().type], memory // 16)

@@ -6,11 +6,13 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 
 import qsdpa_patch
+from qsdpa_patch.bench.limits import Work
 
 __all__ = ["DEQUANTIZED", "OURS", "Measurement", "TimedPath", "measure"]
 
@@ -21,6 +23,8 @@ DEQUANTIZED = "dequantize + SDPA"
 
 _MIN_RUNS = 3
 _MAX_RUNS = 1000
+_SLOW_SECONDS = 5.0
+"""A first call that takes so long, and ten times a path's share of time, is its only one, and counted."""
 
 
 @dataclass(frozen=True)
@@ -29,14 +33,14 @@ class TimedPath:
 
     run: starts the work so many times, each after the other, and returns what to evaluate for it to be done, in any
         form that :func:`mlx.core.eval` takes; ``None`` where it is done already.
-    bytes_read: bytes of keys and values that one call has to read, where that is known.
+    work: the least that one call has to do, where that is known.
     context: entered around every run, outside the timing (to switch the patch on, say).
     prepare: called once before the first run, in the context.
     """
 
     name: str
     run: Callable[[int], Any]
-    bytes_read: int | None = None
+    work: Work | None = None
     context: Callable[[], AbstractContextManager[None]] = nullcontext
     prepare: Callable[[], None] = lambda: None
 
@@ -56,7 +60,7 @@ class Measurement:
 
     name: str
     calls_per_run: int
-    bytes_read: int | None = None
+    work: Work | None = None
     samples: list[float] = field(default_factory=list)
     host_samples: list[float] = field(default_factory=list)
     peak_bytes: int | None = None
@@ -77,12 +81,13 @@ def measure(paths: Sequence[TimedPath], *, seconds: float, calls: int) -> list[M
         seconds: of measuring time for each path.
         calls: per run. On a GPU a run of many hides the cost of waiting for its result.
     """
-    measurements = [Measurement(path.name, calls, path.bytes_read) for path in paths]
-    outputs = {path.name: _attempt(_warm_up, path, measurement) for path, measurement in zip(paths, measurements)}
+    measurements = [Measurement(path.name, calls, path.work) for path in paths]
+    longest = max(_SLOW_SECONDS, 10 * seconds)
+    outputs = {path.name: _attempt(partial(_warm_up, longest), path, m) for path, m in zip(paths, measurements)}
     ours, wanted = outputs.pop(OURS, None), outputs.pop(DEQUANTIZED, None)
     if isinstance(ours, mx.array) and isinstance(wanted, mx.array):
         next(m for m in measurements if m.name == OURS).difference = _difference(ours, wanted)
-    active = [pair for pair in zip(paths, measurements) if not pair[1].error]
+    active = [pair for pair in zip(paths, measurements) if not pair[1].error and not pair[1].samples]
     while active:
         for path, measurement in active:
             _attempt(_sample, path, measurement)
@@ -102,20 +107,27 @@ def _attempt(step: Callable[[TimedPath, Measurement], Any], path: TimedPath, mea
         return None
 
 
-def _warm_up(path: TimedPath, measurement: Measurement) -> Any:
-    """Run one call, note its memory and its route, then a whole run; the call's result."""
+def _warm_up(longest: float, path: TimedPath, measurement: Measurement) -> Any:
+    """Run one call, note its memory and its route, then a whole run; the call's result.
+
+    A call that takes longer than ``longest`` becomes the only sample instead.
+    """
     path.prepare()
     qsdpa_patch.reset_report()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
+    start = time.perf_counter()
     output = path.run(1)
     mx.eval(output)
+    elapsed = time.perf_counter() - start
     measurement.peak_bytes = max(0, mx.get_peak_memory() - before)
     rows = [row for row in qsdpa_patch.report().rows if row.route != "stock"]
     if rows:
         row = max(rows, key=lambda row: row.calls)
         measurement.route, measurement.reason = row.route, row.reason
-    if measurement.calls_per_run > 1:
+    if elapsed > longest:
+        measurement.calls_per_run, measurement.samples = 1, [elapsed]
+    elif measurement.calls_per_run > 1:
         mx.eval(path.run(measurement.calls_per_run))
     return output
 

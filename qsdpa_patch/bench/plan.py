@@ -55,6 +55,8 @@ def plan_cases(args: argparse.Namespace) -> Iterator[Case]:
         if heads % kv_heads:
             raise ValueError(f"--heads {heads} is no multiple of --kv-heads {kv_heads}")
         query_length = args.query_length or (suite.cpu_query_length if on_cpu else suite.gpu_query_length)
+        if suite.rope_dim and query_length > 1:
+            raise ValueError(f"--query-length {query_length}: models absorb only single tokens in {name}")
         contexts = args.context or (suite.cpu_contexts if on_cpu else suite.gpu_contexts)
         for key_format, value_format in formats(args):
             for context in contexts:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
 from qsdpa_patch.bench.cases import Case
+from qsdpa_patch.bench.limits import DeviceLimits
 from qsdpa_patch.bench.measurement import OURS, Measurement
 from qsdpa_patch.bench.statistics import Summary, summarize
 
@@ -32,12 +33,17 @@ class PathResult:
     @property
     def bytes_per_second(self) -> float | None:
         """Bytes of keys and values over the median time."""
-        nbytes = self.measurement.bytes_read
-        return nbytes / self.summary.median if nbytes and self.summary else None
+        work = self.measurement.work
+        return work.nbytes / self.summary.median if work and self.summary else None
 
-    def to_dict(self, copy_bandwidth: float) -> dict[str, Any]:
+    def of_limit(self, limits: DeviceLimits) -> float | None:
+        """The least time that the device could take over the median time: 1 is as fast as can be."""
+        work = self.measurement.work
+        return limits.seconds(work) / self.summary.median if work and self.summary else None
+
+    def to_dict(self, limits: DeviceLimits) -> dict[str, Any]:
         """As plain data, every sample included."""
-        measurement, summary, rate = self.measurement, self.summary, self.bytes_per_second
+        measurement, summary, work = self.measurement, self.summary, self.measurement.work
         data: dict[str, Any] = {
             "name": measurement.name,
             "error": measurement.error or None,
@@ -48,15 +54,16 @@ class PathResult:
             "seconds_per_call": measurement.samples,
             "host_seconds_per_call": measurement.host_samples,
             "peak_bytes": measurement.peak_bytes,
-            "bytes_read": measurement.bytes_read,
+            "bytes_read": work.nbytes if work else None,
+            "multiply_adds": work.multiply_adds if work else None,
         }
         if summary is not None:
             data["median"] = summary.median
             data["lower_quartile"], data["upper_quartile"] = summary.lower_quartile, summary.upper_quartile
             data["minimum"] = summary.minimum
             data["slower_than_ours"] = self.slower_than_ours
-            data["bytes_per_second"] = rate
-            data["of_copy_bandwidth"] = rate / copy_bandwidth if rate else None
+            data["bytes_per_second"] = self.bytes_per_second
+            data["of_limit"] = self.of_limit(limits)
         return data
 
 
@@ -82,13 +89,10 @@ class CaseResult:
 
 @dataclass
 class BenchmarkRun:
-    """Everything that one command measured.
-
-    copy_bandwidth: bytes per second, read and written, of a large copy on the same device.
-    """
+    """Everything that one command measured."""
 
     machine: dict[str, Any]
-    copy_bandwidth: float
+    limits: DeviceLimits
     command: str
     results: list[CaseResult] = field(default_factory=list)
     started: datetime = field(default_factory=lambda: datetime.now(UTC))
@@ -100,9 +104,9 @@ class BenchmarkRun:
             "command": self.command,
             "started": self.started.isoformat(timespec="seconds"),
             "machine": self.machine,
-            "copy_bytes_per_second": self.copy_bandwidth,
+            "limits": asdict(self.limits),
             "results": [
-                {**result.case.to_dict(), "paths": [path.to_dict(self.copy_bandwidth) for path in result.paths]}
+                {**result.case.to_dict(), "paths": [path.to_dict(self.limits) for path in result.paths]}
                 for result in self.results
             ],
         }

@@ -14,7 +14,8 @@ from qsdpa_patch.bench.append_suite import append_paths
 from qsdpa_patch.bench.attention_suite import attention_paths
 from qsdpa_patch.bench.cases import Case
 from qsdpa_patch.bench.latent_suite import latent_paths
-from qsdpa_patch.bench.machine import copy_bandwidth, describe_machine
+from qsdpa_patch.bench.limits import measure_device_limits
+from qsdpa_patch.bench.machine import describe_machine
 from qsdpa_patch.bench.measurement import TimedPath, measure
 from qsdpa_patch.bench.model_suite import model_paths, random_llama
 from qsdpa_patch.bench.plan import SUITES
@@ -43,7 +44,7 @@ class BenchmarkOptions:
 def run_cases(cases: Sequence[Case], options: BenchmarkOptions, command: str) -> BenchmarkRun:
     """Run ``cases`` in order, with a line on standard error for each. Interrupted, it returns what there is."""
     qsdpa_patch.disable()  # QSDPA_PATCH=1 may have enabled it, and mlx-lm's own path is to be timed too
-    run = BenchmarkRun(describe_machine(), copy_bandwidth(), command)
+    run = BenchmarkRun(describe_machine(), measure_device_limits(), command)
     try:
         for number, case in enumerate(cases, 1):
             progress = f"[{number}/{len(cases)}] {case.suite}: {case.label}, context {case.context}"

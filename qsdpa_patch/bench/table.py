@@ -10,6 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from qsdpa_patch.bench.limits import DeviceLimits
 from qsdpa_patch.bench.measurement import DEQUANTIZED, Measurement
 from qsdpa_patch.bench.results import BenchmarkRun, CaseResult, PathResult
 
@@ -26,33 +27,35 @@ def print_results(run: BenchmarkRun, console: Console) -> None:
     console.print(f"{machine['device_name']} ({machine['device']}), {versions}", highlight=False)
     for (suite, label), results in itertools.groupby(run.results, lambda r: (r.case.suite, r.case.label)):
         console.print()
-        console.print(_table(f"{suite}: {label}", list(results), run.copy_bandwidth))
+        console.print(_table(f"{suite}: {label}", list(results), run.limits))
     console.print(
         "\nTimes: median per call, and the distance between the quartiles in % of it. Host: of the time, what passes "
-        "before the result is waited for. Speed-up: of qsdpa_patch over the path. GB/s: keys and values read, and in "
-        f"% of a large copy's rate on this device ({run.copy_bandwidth / 1e9:.1f} GB/s read and written). Memory: the "
-        "most held in a call, above the inputs.",
+        "before the result is waited for. Speed-up: of qsdpa_patch over the path. GB/s: keys and values read. Of "
+        f"limit: the least time for reading them and for the multiply-adds, over the time; here {run.limits.method}. "
+        "Memory: the most held in a call, above the inputs.",
         style="dim",
         highlight=False,
     )
     _print_reasons(run, console)
 
 
-def _table(title: str, results: list[CaseResult], copy_bandwidth: float) -> Table:
+def _table(title: str, results: list[CaseResult], limits: DeviceLimits) -> Table:
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     table.add_column("keys, path", no_wrap=True)
     with_host = any(path.host for result in results for path in result.paths)
-    for heading in ("median", "spread", "runs", *(("host",) if with_host else ()), "speed-up", "GB/s", "memory"):
+    host = ("host",) if with_host else ()
+    for heading in ("median", "spread", "runs", *host, "speed-up", "GB/s", "of limit", "memory"):
         table.add_column(heading, justify="right", no_wrap=True)
     for result in results:
         table.add_row(f"{result.case.context}")
         for path in result.paths:
-            table.add_row(*_cells(path, copy_bandwidth, with_host=with_host))
+            table.add_row(*_cells(path, limits, with_host=with_host))
     return table
 
 
-def _cells(path: PathResult, copy_bandwidth: float, *, with_host: bool) -> list[str]:
-    measurement, summary, rate = path.measurement, path.summary, path.bytes_per_second
+def _cells(path: PathResult, limits: DeviceLimits, *, with_host: bool) -> list[str]:
+    measurement, summary = path.measurement, path.summary
+    rate, of_limit = path.bytes_per_second, path.of_limit(limits)
     name = f"  {measurement.name}" + (f" ({measurement.route})" if measurement.route else "")
     if summary is None:
         return [name, "fails"]
@@ -60,11 +63,12 @@ def _cells(path: PathResult, copy_bandwidth: float, *, with_host: bool) -> list[
     return [
         name,
         _duration(summary.median),
-        f"{summary.spread:.0%}",
+        f"{summary.spread:.0%}" if summary.runs > 1 else "",
         runs,
         *((_duration(path.host.median) if path.host else "",) if with_host else ()),
         f"{path.slower_than_ours:.2f}x" if path.slower_than_ours is not None else "",
-        f"{rate / 1e9:.1f} {rate / copy_bandwidth:4.0%}" if rate else "",
+        f"{rate / 1e9:.1f}" if rate is not None else "",
+        f"{of_limit:.0%}" if of_limit is not None else "",
         _size(measurement.peak_bytes),
     ]
 

@@ -5,17 +5,21 @@ from __future__ import annotations
 import argparse
 import builtins
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import pytest
 
 import qsdpa_patch
 from qsdpa_patch.bench import command
+from qsdpa_patch.bench.limits import DeviceLimits
 from tests.qsdpa_patch.demo.tiny_model import write_tiny_model
 
 SMALL = ("--device", "cpu", "--heads", "4", "--kv-heads", "2", "--head-dim", "64", "--seconds", "0")
 QUANTIZED = "mlx-lm quantized"
+LIMITS = DeviceLimits(1e10, 1e9, "as made up for this test")
 
 
 def bench(*options: str) -> int:
@@ -30,16 +34,19 @@ def bench_as_json(path: Path, *options: str) -> dict[str, Any]:
     return data
 
 
-@pytest.fixture(name="few_sets", autouse=True)
-def fixture_few_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(name="small_and_quick", autouse=True)
+def fixture_small_and_quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    device = mx.default_device()
     monkeypatch.setattr("qsdpa_patch.bench.cases._MAX_SETS", 2)
-    monkeypatch.setattr("qsdpa_patch.bench.runner.copy_bandwidth", lambda: 1e10)
+    monkeypatch.setattr("qsdpa_patch.bench.runner.measure_device_limits", lambda: LIMITS)
+    yield
+    mx.set_default_device(device)
 
 
 def test_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = bench_as_json(tmp_path / "out.json", "--context", "33", "64", "--bits", "4", "8")
     assert data["schema"] == 1
-    assert set(data) == {"schema", "command", "started", "machine", "copy_bytes_per_second", "results"}
+    assert set(data) == {"schema", "command", "started", "machine", "limits", "results"}
     assert set(data["machine"]["versions"]) == {"qsdpa-patch", "mlx", "mlx-lm"}
     assert data["machine"]["device"] == "cpu"
     assert [(r["key_format"], r["context"]) for r in data["results"]] == [
@@ -65,7 +72,9 @@ def test_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
             assert len(path["seconds_per_call"]) == 3
             assert path["minimum"] <= path["lower_quartile"] <= path["median"] <= path["upper_quartile"]
             assert path["bytes_per_second"] == path["bytes_read"] / path["median"]
-            assert path["of_copy_bandwidth"] == path["bytes_per_second"] / 1e10
+            assert path["multiply_adds"] == 4 * result["context"] * (64 + 64)
+            least = max(path["bytes_read"] / LIMITS.bytes_per_second, path["multiply_adds"] / 1e9)
+            assert path["of_limit"] == least / path["median"]
             if path is ours:
                 assert path["slower_than_ours"] is None
             else:
