@@ -249,7 +249,6 @@
   }
 
   // Merge the simdgroups: the common peak, the total, and the factor for what this one has summed.
-  threadgroup_barrier(mem_flags::mem_threadgroup);
   MLX_MTL_PRAGMA_UNROLL
   for (int r = 0; r < ROW_TILES; r++) {
     total[r] = row_sum(total[r]);

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from numpy.typing import NDArray
 
 from tests.metal.emulator import Cost
 from tests.metal.emulator.compiler import build
@@ -70,9 +72,9 @@ def _source() -> str:
 def _inputs(problem: Problem, first_stride: int) -> list[Argument]:
     """Queries, keys, values, N, the four strides and the scale, from buffer ``first_stride - 1`` (N) on."""
     p = problem
-    raw = [np.array(x.view(mx.uint16) if p.dtype == mx.bfloat16 else x) for x in p.arrays()]
+    raw: list[NDArray[Any]] = [np.array(x.view(mx.uint16) if p.dtype == mx.bfloat16 else x) for x in p.arrays()]
     strides = [p.count * p.dim, p.dim] * 2
-    numbers = [np.int32(p.count), *map(np.uint64, strides), np.float32(p.scale)]
+    numbers: list[np.generic] = [np.int32(p.count), *map(np.uint64, strides), np.float32(p.scale)]
     names = ["N", "k_head_stride", "k_seq_stride", "v_head_stride", "v_seq_stride", "scale"]
     arguments = [
         Argument(i, n, x.nbytes, x.tobytes()) for i, (n, x) in enumerate(zip(("queries", "keys", "values"), raw))

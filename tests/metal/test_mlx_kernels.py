@@ -48,7 +48,8 @@ def test_affine_quantize_and_dequantize(bits: int, dtype: mx.Dtype) -> None:
     if dtype == mx.float32:
         assert all(mx.array_equal(actual, wanted) for actual, wanted in zip(made, packed))
     else:  # where a number lies between two codes, MLX's CPU and GPU kernels round 16-bit intermediates differently
-        step = mx.abs(mx.dequantize(*made, group_size=64, bits=bits) - restored)
+        codes, scales, biases = made
+        step = mx.abs(mx.dequantize(codes, scales, biases, group_size=64, bits=bits) - restored)
         assert step.max() <= 1.01 * mx.abs(packed[1]).max()
     inputs = dict(zip(("w", "scales", "biases"), packed))
     per_thread = {3: 8, 5: 8, 6: 4}.get(bits, 8 // bits)

@@ -54,7 +54,7 @@ KERNELS: list[tuple[dict[str, Any], dict[str, Any]]] = [
 
 
 def generated_by_mlx(kernel: dict[str, Any], call: dict[str, Any]) -> str:
-    function = mx.fast.metal_kernel(**kernel)
+    function: Any = mx.fast.metal_kernel(**kernel)
 
     def traced(*inputs: mx.array) -> mx.array:
         out: mx.array = function(inputs=list(inputs), grid=(1, 1, 1), threadgroup=(1, 1, 1), verbose=True, **call)[0]

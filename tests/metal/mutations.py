@@ -1,0 +1,303 @@
+"""Faults put into the attention kernels one at a time, and what finds each: the table is part of the proof.
+
+python -m tests.metal.mutations
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+
+from qsdpa_patch.kernels.format import Format
+from qsdpa_patch.kernels.metal import sources
+from tests import attention_cases as cases
+from tests.attention_cases import Case
+from tests.metal.emulated_backend import EmulatedBackend, emulated_backend
+from tests.metal.emulator import MetalError
+
+__all__ = ["MUTATIONS", "Mutation", "caught_by"]
+
+_BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);\n"
+_SMALL = Case(seed=1, kv_heads=2, group=3, count=75, capacity=90, mask="bool", sinks=True)
+_CAUSAL = Case(seed=2, group=3, length=5, count=70, capacity=70, mask="causal", key_dim=96, value_dim=96,
+               key_format=Format.affine(5, 32), value_format=Format.affine(3, 32))  # fmt: skip
+_TEAM = Case(seed=3, group=16, count=75, capacity=90, key_dim=64, value_dim=256, batch=2)
+_MLA = Case(seed=4, kv_heads=1, group=20, count=75, capacity=90, key_dim=256, value_dim=256, rope_dim=64)
+_FLOAT4 = Case(seed=5, count=70, capacity=70, key_format=Format.named("mxfp4"), value_format=Format.named("nvfp4"))
+_ONE_KEY = Case(seed=6, kv_heads=1, count=1, capacity=1, key_dim=32, value_dim=32,
+                key_format=Format.affine(5, 32), value_format=Format.affine(5, 32))  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """``old`` becomes ``new``, everywhere in a file.
+
+    caught: a pattern in what :func:`caught_by` says. case: the call that shows it, as one launch and split.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    caught: str
+    case: Case = _SMALL
+
+
+MUTATIONS = (
+    Mutation(
+        "codes shifted by one bit",
+        "dequantize.metal",
+        "const int first = i * BITS;",
+        "const int first = i * BITS + 1;",
+        "wrong",
+    ),
+    Mutation(
+        "a 5-bit code that crosses words loses its high bits",
+        "dequantize.metal",
+        "| pack.y << (32 - first)",
+        "",
+        "wrong",
+        _CAUSAL,
+    ),
+    Mutation(
+        "scale of the next group",
+        "dequantize.metal",
+        "pack * 8 / GROUP;",
+        "pack * 8 / GROUP + 1;",
+        "outside of the slice",
+    ),
+    Mutation(
+        "small inputs taken for device memory",
+        "dequantize.metal",
+        "inline const constant U* retype(const constant T* p)",
+        "inline const device U* retype(const constant T* p)",
+        "compile failed",
+        _ONE_KEY,
+    ),
+    Mutation(
+        "pack read past the end of a row",
+        "decode.metal",
+        "pack < KEY_DIM / 8",
+        "pack < KEY_DIM / 8 + 4",
+        "slice|out-of-bounds|wrong",
+        _CAUSAL,
+    ),
+    Mutation(
+        "query row read past its end", "attention.metal", "pack + i / 8 < DIM / 8", "true", "out-of-bounds", _CAUSAL
+    ),
+    Mutation(
+        "keys beyond the last are read",
+        "decode.metal",
+        "min(tile + 8 * k + at.column + i, count - 1)",
+        "tile + 8 * k + at.column + i",
+        "slice|out-of-bounds",
+    ),
+    Mutation(
+        "values beyond the last are read",
+        "decode.metal",
+        "min(tile + 8 * k + at.row, count - 1)",
+        "tile + 8 * k + at.row",
+        "slice|out-of-bounds",
+    ),
+    Mutation(
+        "keys beyond the last count", "decode.metal", "bool visible = key < end;", "bool visible = true;", "wrong"
+    ),
+    Mutation(
+        "4-bit floats without their sign",
+        "dequantize.metal",
+        "code & 8 ? -magnitude : magnitude",
+        "magnitude",
+        "wrong",
+        _FLOAT4,
+    ),
+    Mutation(
+        "8-bit scale read as another exponent", "dequantize.metal", "exponent << 23", "exponent << 22", "wrong", _FLOAT4
+    ),
+    Mutation(
+        "causal mask off by one",
+        "decode.metal",
+        "key <= count - length + position[r]",
+        "key < count - length + position[r]",
+        "wrong",
+        _CAUSAL,
+    ),
+    Mutation(
+        "causal mask of one row for all",
+        "decode.metal",
+        "position[r] = row % length;",
+        "position[r] = 0;",
+        "wrong",
+        _CAUSAL,
+    ),
+    Mutation(
+        "mask of the first batch for all",
+        "decode.metal",
+        "mask_shape[1] == 1 ? 0 : head",
+        "mask_shape[1] == 1 ? 0 : kv_head",
+        "wrong",
+    ),
+    Mutation(
+        "stride of keys ignored",
+        "decode.metal",
+        "key_codes_head + key * key_codes_strides[2]",
+        "key_codes_head + key * (KEY_DIM * KEY_BITS / 64)",
+        "wrong",
+    ),
+    Mutation(
+        "head stride of a dense buffer",
+        "decode.metal",
+        "kv_head * key_codes_strides[1]",
+        "kv_head * count * key_codes_strides[2]",
+        "slice|wrong",
+    ),
+    Mutation("batch stride of values ignored", "decode.metal", "batch * value_scales_strides[0]", "0", "wrong", _TEAM),
+    Mutation("scores not scaled", "decode.metal", "scores[r][k] *= scale;", "", "wrong"),
+    Mutation(
+        "rope term scaled too",
+        "decode.metal",
+        "load_query<ROPE_DIM>(rope_queries",
+        "load_query<ROPE_DIM>(queries",
+        "out-of-bounds|wrong",
+        _MLA,
+    ),
+    Mutation("running sum not rescaled", "decode.metal", "total[r] *= decay;", "", "wrong", _CAUSAL),
+    Mutation("output not rescaled", "decode.metal", "out[r * 4 * CHUNKS + i] *= decay;", "", "wrong", _CAUSAL),
+    Mutation(
+        "peak of half of the lanes",
+        "fragments.metal",
+        "return metal::max(x, simd_shuffle_xor(x, ushort(8)));",
+        "return x;",
+        "wrong",
+    ),
+    Mutation(
+        "sum over the wrong lanes",
+        "fragments.metal",
+        "x += simd_shuffle_xor(x, ushort(1));",
+        "x += simd_shuffle_xor(x, ushort(2));",
+        "wrong",
+    ),
+    Mutation(
+        "fragments placed by another rule",
+        "fragments.metal",
+        "(quad & 2) * 2 + (int(lane) % 2) * 2",
+        "(quad & 2) + (int(lane) % 2) * 4",
+        "wrong|race|stored",
+    ),
+    Mutation(
+        "no barrier after the peaks",
+        "decode.metal",
+        "new_peak[r];\n}\n}\n" + _BARRIER,
+        "new_peak[r];\n}\n}\n",
+        "uninitialised threadgroup",
+        _TEAM,
+    ),
+    Mutation(
+        "no barrier after the weights",
+        "decode.metal",
+        "scores[r][k][1];\n}\n}\n" + _BARRIER,
+        "scores[r][k][1];\n}\n}\n",
+        "uninitialised threadgroup",
+        _TEAM,
+    ),
+    Mutation(
+        "no barrier between two parts of the output",
+        "decode.metal",
+        "= Output(sum);\n}\n}\n" + _BARRIER,
+        "= Output(sum);\n}\n}\n",
+        "race",
+        _CAUSAL,
+    ),
+    Mutation(
+        "a barrier that a part of the threads reaches",
+        "decode.metal",
+        "if (!TEAM && tile >= end) {",
+        "if (tile >= end) {",
+        "barrier",
+        _TEAM,
+    ),
+    Mutation(
+        "SIMD functions in a part of the lanes",
+        "fragments.metal",
+        "x = metal::max(x, simd_shuffle_xor(x, ushort(1)));",
+        "if (x > 0) x = metal::max(x, simd_shuffle_xor(x, ushort(1)));",
+        "divergent",
+    ),
+    Mutation(
+        "rows past the last are stored",
+        "decode.metal",
+        "&& first_row + row < row_count) {",
+        ") {",
+        "stored by two|out-of-bounds|race|wrong",
+    ),
+    Mutation(
+        "the last unit of the output left out",
+        "decode.metal",
+        "if (unit < ROW_TILES * VALUE_CHUNKS && first_row",
+        "if (unit + 1 < ROW_TILES * VALUE_CHUNKS && first_row",
+        "never written",
+    ),
+    Mutation("sink left out of the sum", "decode.metal", "sum += fast::exp(sink - common);", "", "wrong"),
+    Mutation("sink left out of the merge", "merge.metal", "total += fast::exp(sink - peak);", "", "wrong"),
+    Mutation(
+        "merge reads a split too many",
+        "merge.metal",
+        "s < splits; s++",
+        "s <= splits; s++",
+        "uninitialised|out-of-bounds",
+    ),
+    Mutation("no barrier in the merge", "merge.metal", _BARRIER, "", "race"),
+    Mutation("merge weights of another row", "merge.metal", "stats + 2 * row * splits", "stats + 2 * splits", "wrong"),
+    Mutation(
+        "a pointer without an address space",
+        "merge.metal",
+        "const auto row_stats",
+        "const float* row_stats",
+        "compile|missing address space",
+    ),
+    Mutation(
+        "more threadgroup memory than there is",
+        "decode.metal",
+        "constexpr int UNITS = 2;",
+        "constexpr int UNITS = 16;",
+        "exceeds the 32768-byte limit",
+    ),
+)
+
+
+def caught_by(mutation: Mutation, backend: EmulatedBackend) -> str:
+    """The emulator's message, or ``wrong result`` with the error; empty if nothing is found."""
+    read = sources._read
+
+    def mutated(name: str) -> str:
+        text = read(name)
+        if name != mutation.file:
+            return text
+        assert mutation.old in text, f"'{mutation.name}': nothing to mutate in {name}"
+        return text.replace(mutation.old, mutation.new)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "_read", mutated)
+        patch.setattr(sources, "decode_header", sources.decode_header.__wrapped__)
+        return _run(mutation.case, 256, backend) or _run(mutation.case, 32, backend)
+
+
+def _run(case: Case, keys_per_split: int, backend: EmulatedBackend) -> str:
+    call = cases.build(case)
+    try:
+        output = backend.attend(call, keys_per_split)
+    except MetalError as error:
+        return " ".join(str(error).split())
+    error_size = cases.relative_error(output, cases.expected(call))
+    return f"wrong result, error {error_size:.1e}" if error_size > cases.TOLERANCES[case.dtype] else ""
+
+
+def main() -> None:
+    for mutation in MUTATIONS:
+        with emulated_backend() as backend:
+            message = caught_by(mutation, backend) or "NOT CAUGHT"
+        print(f"| {mutation.name} | {message[:110]} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

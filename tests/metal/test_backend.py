@@ -1,0 +1,159 @@
+"""The Metal backend around its kernels: what it takes, and what it does on a device that gets them wrong."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from qsdpa_patch.kernels.attention_call import check_call
+from qsdpa_patch.kernels.format import Format
+from qsdpa_patch.kernels.metal import backend, plan
+from qsdpa_patch.kernels.quantized_tensor import quantize
+from tests import attention_cases as cases
+from tests.attention_cases import Case
+from tests.metal.emulated_backend import EmulatedBackend
+
+CASE = Case(seed=1, group=3, count=40, capacity=50)
+
+
+@pytest.mark.skipif(mx.metal.is_available(), reason="there is a Metal device here")
+def test_without_a_metal_device_the_backend_says_so() -> None:
+    available, reason = backend.is_available()
+    assert not available
+    assert "no Metal device" in reason
+    assert backend.has_fused_kernel(cases.build(CASE).signature) == (False, reason)
+
+
+def test_every_case_of_the_contract_has_a_fused_kernel(metal: EmulatedBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend.first_use, "check", lambda *_: (True, ""))
+    for seed in range(200):
+        for draw in (cases.random_case, cases.random_mla_case):
+            case = draw(seed, max_count=20)
+            assert metal.has_fused_kernel(cases.build(case).signature) == (True, ""), case
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"query_length": 17}, "17 query rows"),
+        ({"query_heads": 2 * 129}, "129 query heads share a key head"),
+        ({"key_dim": 544}, "rows of the keys have 544"),
+        ({"value_dim": 40}, "rows of the values have 40"),
+        ({"rope_dim": 24}, "rope term of 24"),
+    ],
+)
+def test_what_no_kernel_takes_is_refused_with_the_reason(
+    metal: EmulatedBackend, change: dict[str, int], reason: str
+) -> None:
+    supported, given = metal.has_fused_kernel(cases.build(CASE).signature._replace(**change))
+    assert not supported
+    assert reason in given
+
+
+def test_the_first_use_of_a_family_is_checked_once(metal: EmulatedBackend) -> None:
+    signature = cases.build(CASE).signature
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert metal.has_fused_kernel(signature) == (True, "")
+        launches = len(metal.costs)
+        assert metal.has_fused_kernel(signature._replace(batch=3, kv_heads=4, query_heads=12)) == (True, "")
+    assert len(metal.costs) == launches
+
+
+def _wrong_kernels(**options: Any) -> Callable[..., list[mx.array]]:
+    """Kernels that compute zeros."""
+
+    def call(**launch: Any) -> list[mx.array]:
+        return [mx.zeros(s, d) for s, d in zip(launch["output_shapes"], launch["output_dtypes"])]
+
+    return call
+
+
+def _failing_kernels(**options: Any) -> Callable[..., list[mx.array]]:
+    def call(**launch: Any) -> list[mx.array]:
+        raise RuntimeError("[metal::Device] Unable to build metal library from source")
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("kernels", "reason"), [(_wrong_kernels, "wrong here by 1.0e"), (_failing_kernels, "Unable to build metal library")]
+)
+def test_a_kernel_that_is_wrong_or_does_not_compile_is_refused_with_one_warning(
+    metal: EmulatedBackend, monkeypatch: pytest.MonkeyPatch, kernels: Callable[..., Any], reason: str
+) -> None:
+    monkeypatch.setattr(backend, "metal_kernel", kernels)
+    signature = cases.build(CASE).signature
+    with pytest.warns(RuntimeWarning, match="MLX's own operations") as given:
+        supported, why = metal.has_fused_kernel(signature)
+    assert len(given) == 1
+    assert not supported
+    assert reason in why
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert metal.has_fused_kernel(signature._replace(batch=2)) == (False, why)
+
+
+def test_the_check_leaves_the_random_state_alone(metal: EmulatedBackend) -> None:
+    signature = cases.build(CASE).signature
+    mx.random.seed(5)
+    wanted = mx.random.uniform(shape=(4,)).tolist()
+    mx.random.seed(5)
+    metal.has_fused_kernel(signature)
+    assert mx.random.uniform(shape=(4,)).tolist() == wanted
+
+
+def test_queries_of_any_layout_are_taken(metal: EmulatedBackend) -> None:
+    call = cases.build(replace(CASE, length=4))
+    transposed = mx.contiguous(call.queries.swapaxes(1, 2)).swapaxes(1, 2)
+    assert mx.array_equal(metal.attend(replace(call, queries=transposed)), metal.attend(call))
+
+
+def test_rows_that_are_padded_to_32_numbers(metal: EmulatedBackend) -> None:
+    """Head dim 72 is stored as 96, and the queries are padded with zeros."""
+    queries, k, v = (
+        mx.random.normal((1, h, n, 72), key=mx.random.key(i)) for i, (h, n) in enumerate(((4, 1), (2, 50), (2, 50)))
+    )
+    call = check_call(queries, quantize(k, Format.affine(8, 32)), quantize(v, Format.affine(4, 64)), scale=0.1)
+    output = metal.attend(call)
+    assert output.shape == (1, 4, 1, 96)
+    assert cases.relative_error(output, cases.expected(call)) < 1e-5
+
+
+def test_no_keys_give_zeros(metal: EmulatedBackend) -> None:
+    full = cases.build(replace(CASE, dtype=mx.float16))
+    empty = full.keys.map_parts(lambda p: p[:, :, :0])
+    call = check_call(full.queries, empty, empty, scale=1.0)
+    assert mx.array_equal(metal.attend(call), mx.zeros_like(full.queries))
+
+
+def test_infinite_and_huge_masks_leave_other_keys_exact(metal: EmulatedBackend) -> None:
+    call = cases.build(replace(CASE, dtype=mx.bfloat16))
+    hidden = mx.arange(40) % 3 == 0
+    wanted = metal.attend(replace(call, mask=~hidden[None, None, None], signature=call.signature._replace(mask="bool")))
+    for value in (float("-inf"), -1e30, -3.38e38):
+        mask = mx.where(hidden, value, 0).astype(mx.bfloat16)[None, None, None]
+        masked = replace(call, mask=mask, signature=call.signature._replace(mask="additive"))
+        assert mx.array_equal(metal.attend(masked), wanted)
+
+
+@pytest.mark.parametrize("cores", [1, 10, 76, 1000])
+@pytest.mark.parametrize("count", [1, 255, 511, 512, 8192, 131072])
+def test_launches_are_within_bounds(cores: int, count: int) -> None:
+    for seed in range(60):
+        signature = cases.build(
+            replace(cases.random_case(seed, max_count=3), count=20, capacity=20, mask="none")
+        ).signature
+        family = plan.family_of(signature)
+        launch = plan.plan_launch(signature, family, count, cores)
+        rows = signature.query_heads // signature.kv_heads * signature.query_length
+        assert 8 * family.row_tiles * launch.blocks >= rows
+        assert 8 * family.row_tiles * (launch.blocks - 1) < rows
+        assert 1 <= launch.splits <= plan.MAX_SPLITS
+        assert launch.splits == 1 or count // launch.splits >= plan.KEYS_PER_SPLIT
+        assert 32 * family.simdgroups <= 256

@@ -1,0 +1,17 @@
+"""Every fault put into the attention kernels is found, and by what should find it. See mutations.py."""
+
+from __future__ import annotations
+
+import re
+
+import mlx.core as mx
+import pytest
+
+from tests.metal.emulated_backend import EmulatedBackend
+from tests.metal.mutations import MUTATIONS, Mutation, caught_by
+
+
+@pytest.mark.skipif(mx.metal.is_available(), reason="faulty kernels are for the emulator, not for a GPU")
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=[m.name for m in MUTATIONS])
+def test_a_fault_is_found(metal: EmulatedBackend, mutation: Mutation) -> None:
+    assert re.search(mutation.caught, caught_by(mutation, metal))
