@@ -33,18 +33,34 @@ class DeviceLimits:
 
     bytes_per_second: of memory.
     multiply_adds_per_second: in float32; ``None`` where it is not measured (on GPUs).
-    method: how, in words.
+    threads: that they were measured on; ``None`` where the bytes are those of a copy, read and written.
     """
 
     bytes_per_second: float
-    multiply_adds_per_second: float | None
-    method: str
+    multiply_adds_per_second: float | None = None
+    threads: int | None = None
 
     def seconds(self, work: Work) -> float:
         """The least time for ``work``: that of the nearer limit."""
         reading = work.nbytes / self.bytes_per_second
         rate = self.multiply_adds_per_second
         return reading if rate is None else max(reading, work.multiply_adds / rate)
+
+    def or_better(self, other: DeviceLimits) -> DeviceLimits:
+        """The better rates of two measurements of one device: what else runs there can only slow it down."""
+        rates = (self.multiply_adds_per_second, other.multiply_adds_per_second)
+        return DeviceLimits(
+            max(self.bytes_per_second, other.bytes_per_second),
+            None if rates[0] is None or rates[1] is None else max(rates[0], rates[1]),
+            self.threads,
+        )
+
+    def __str__(self) -> str:
+        gigabytes = f"{self.bytes_per_second / 1e9:.{0 if self.bytes_per_second > 1e11 else 1}f} GB/s"
+        if self.multiply_adds_per_second is None:
+            return f"a large copy reads and writes {gigabytes}"
+        rate = f"{self.multiply_adds_per_second / 1e9:.0f} G multiply-adds/s"
+        return f"{self.threads} threads read {gigabytes} and do {rate} in float32"
 
 
 def measure_device_limits() -> DeviceLimits:
@@ -53,13 +69,8 @@ def measure_device_limits() -> DeviceLimits:
         from qsdpa_patch.kernels.cpu.limits import measure_limits  # needs the compiled library
 
         cpu = measure_limits()
-        method = (
-            f"{cpu.threads} threads read {cpu.read_bandwidth / 1e9:.1f} GB/s and do "
-            f"{cpu.multiply_add_rate / 1e9:.0f} G multiply-adds/s in float32"
-        )
-        return DeviceLimits(cpu.read_bandwidth, cpu.multiply_add_rate, method)
-    bandwidth = _copy_bandwidth()
-    return DeviceLimits(bandwidth, None, f"a large copy reads and writes {bandwidth / 1e9:.0f} GB/s")
+        return DeviceLimits(cpu.read_bandwidth, cpu.multiply_add_rate, cpu.threads)
+    return DeviceLimits(_copy_bandwidth())
 
 
 def _copy_bandwidth(repeats: int = 7) -> float:

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -24,7 +23,7 @@ DEQUANTIZED = "dequantize + SDPA"
 _MIN_RUNS = 3
 _MAX_RUNS = 1000
 _SLOW_SECONDS = 5.0
-"""A first call that takes so long, and ten times a path's share of time, is its only one, and counted."""
+"""A path that has had so much time, and ten times its share, needs no further runs."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ class Measurement:
 
 
 def measure(paths: Sequence[TimedPath], *, seconds: float, calls: int) -> list[Measurement]:
-    """Time ``paths``, in turns, until each has had ``seconds`` and at least three runs.
+    """Time ``paths``, in turns, until each has had ``seconds`` and three runs, or ten times that and five seconds.
 
     The first call and the first run of a path, which may compile kernels, are not counted. A path that raises is left
     out from there on.
@@ -82,12 +81,11 @@ def measure(paths: Sequence[TimedPath], *, seconds: float, calls: int) -> list[M
         calls: per run. On a GPU a run of many hides the cost of waiting for its result.
     """
     measurements = [Measurement(path.name, calls, path.work) for path in paths]
-    longest = max(_SLOW_SECONDS, 10 * seconds)
-    outputs = {path.name: _attempt(partial(_warm_up, longest), path, m) for path, m in zip(paths, measurements)}
+    outputs = {path.name: _attempt(_warm_up, path, measurement) for path, measurement in zip(paths, measurements)}
     ours, wanted = outputs.pop(OURS, None), outputs.pop(DEQUANTIZED, None)
     if isinstance(ours, mx.array) and isinstance(wanted, mx.array):
         next(m for m in measurements if m.name == OURS).difference = _difference(ours, wanted)
-    active = [pair for pair in zip(paths, measurements) if not pair[1].error and not pair[1].samples]
+    active = [pair for pair in zip(paths, measurements) if not pair[1].error]
     while active:
         for path, measurement in active:
             _attempt(_sample, path, measurement)
@@ -107,11 +105,8 @@ def _attempt(step: Callable[[TimedPath, Measurement], Any], path: TimedPath, mea
         return None
 
 
-def _warm_up(longest: float, path: TimedPath, measurement: Measurement) -> Any:
-    """Run one call, note its memory and its route, then a whole run; the call's result.
-
-    A call that takes longer than ``longest`` becomes the only sample instead.
-    """
+def _warm_up(path: TimedPath, measurement: Measurement) -> Any:
+    """Run one call, note its memory and its route, then, if calls are short, a whole run; the call's result."""
     path.prepare()
     qsdpa_patch.reset_report()
     before = mx.get_active_memory()
@@ -125,9 +120,7 @@ def _warm_up(longest: float, path: TimedPath, measurement: Measurement) -> Any:
     if rows:
         row = max(rows, key=lambda row: row.calls)
         measurement.route, measurement.reason = row.route, row.reason
-    if elapsed > longest:
-        measurement.calls_per_run, measurement.samples = 1, [elapsed]
-    elif measurement.calls_per_run > 1:
+    if measurement.calls_per_run > 1 and elapsed < _SLOW_SECONDS:
         mx.eval(path.run(measurement.calls_per_run))
     return output
 
@@ -151,5 +144,6 @@ def _sample(path: TimedPath, measurement: Measurement) -> None:
 
 def _is_done(measurement: Measurement, seconds: float) -> bool:
     runs = len(measurement.samples)
-    enough = sum(measurement.samples) * measurement.calls_per_run >= seconds
-    return bool(measurement.error) or runs >= _MAX_RUNS or (runs >= _MIN_RUNS and enough)
+    elapsed = sum(measurement.samples) * measurement.calls_per_run
+    enough = runs >= _MIN_RUNS or elapsed >= max(_SLOW_SECONDS, 10 * seconds)
+    return bool(measurement.error) or runs >= _MAX_RUNS or (enough and elapsed >= seconds)

@@ -55,6 +55,7 @@ def run_cases(cases: Sequence[Case], options: BenchmarkOptions, command: str) ->
             mx.clear_cache()
     except KeyboardInterrupt:
         print("interrupted; the results so far:", file=sys.stderr)
+    run.limits = run.limits.or_better(measure_device_limits())
     return run
 
 

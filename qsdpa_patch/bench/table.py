@@ -31,7 +31,7 @@ def print_results(run: BenchmarkRun, console: Console) -> None:
     console.print(
         "\nTimes: median per call, and the distance between the quartiles in % of it. Host: of the time, what passes "
         "before the result is waited for. Speed-up: of qsdpa_patch over the path. GB/s: keys and values read. Of "
-        f"limit: the least time for reading them and for the multiply-adds, over the time; here {run.limits.method}. "
+        f"limit: the least time for reading them and for the multiply-adds, over the time; here {run.limits}. "
         "Memory: the most held in a call, above the inputs.",
         style="dim",
         highlight=False,

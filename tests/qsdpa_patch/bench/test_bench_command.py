@@ -19,7 +19,7 @@ from tests.qsdpa_patch.demo.tiny_model import write_tiny_model
 
 SMALL = ("--device", "cpu", "--heads", "4", "--kv-heads", "2", "--head-dim", "64", "--seconds", "0")
 QUANTIZED = "mlx-lm quantized"
-LIMITS = DeviceLimits(1e10, 1e9, "as made up for this test")
+LIMITS = DeviceLimits(1e10, 1e9, threads=2)
 
 
 def bench(*options: str) -> int:

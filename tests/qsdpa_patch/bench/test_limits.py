@@ -13,10 +13,10 @@ from qsdpa_patch.kernels.format import Format
 
 
 def test_the_nearer_limit_counts() -> None:
-    device = DeviceLimits(100.0, 10.0, "")
+    device = DeviceLimits(100.0, 10.0, 2)
     assert device.seconds(Work(200, 5)) == 2.0
     assert device.seconds(Work(200, 50)) == 5.0
-    assert DeviceLimits(100.0, None, "").seconds(Work(200, 50)) == 2.0
+    assert DeviceLimits(100.0).seconds(Work(200, 50)) == 2.0
 
 
 @pytest.mark.parametrize(("length", "context"), [(1, 10), (3, 10), (10, 10)])
@@ -38,4 +38,10 @@ def test_measured_with_and_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -
     copied = measure_device_limits()
     assert copied.bytes_per_second > 0
     assert copied.multiply_adds_per_second is None
-    assert "copy" in copied.method
+    assert "copy" in str(copied)
+
+
+def test_the_better_of_two_measurements() -> None:
+    first, second = DeviceLimits(100.0, 10.0, 2), DeviceLimits(90.0, 11.0, 2)
+    assert first.or_better(second) == second.or_better(first) == DeviceLimits(100.0, 11.0, 2)
+    assert DeviceLimits(1.0).or_better(DeviceLimits(2.0)) == DeviceLimits(2.0)
