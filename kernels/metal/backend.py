@@ -13,13 +13,16 @@ from typing import Any, cast
 import mlx.core as mx
 
 from qsdpa_patch.kernels.attention_call import AttentionCall, Signature
+from qsdpa_patch.kernels.dequantized_sdpa import has_fused_sdpa
 from qsdpa_patch.kernels.format import Format
 from qsdpa_patch.kernels.metal import first_use, sources
 from qsdpa_patch.kernels.metal.plan import MAX_SPLITS, Family, core_count, family_of, plan_launch
 
 __all__ = ["attend", "has_fused_kernel", "is_available"]
 
-MAX_QUERY_LENGTH = 16
+MAX_DECODE_LENGTH = 16
+"""With more query rows attention is bound by arithmetic, and MLX's own fused SDPA over dequantized keys, where it has
+one for the shape, is the better tuned."""
 MAX_GROUP = 128
 MAX_DIM = 512
 
@@ -54,8 +57,8 @@ def has_fused_kernel(signature: Signature) -> tuple[bool, str]:
 
 def _unsupported(sig: Signature) -> str:
     """Why no kernel takes calls of ``sig``, or an empty string."""
-    if sig.query_length > MAX_QUERY_LENGTH:
-        return f"{sig.query_length} query rows: the decode kernel takes up to {MAX_QUERY_LENGTH}"
+    if sig.query_length > MAX_DECODE_LENGTH and not sig.rope_dim and has_fused_sdpa(sig)[0]:
+        return f"{sig.query_length} query rows, for which MLX has a fused kernel over dequantized keys"
     if sig.query_length == 0 or sig.batch == 0:
         return "no query rows"
     if sig.query_heads // sig.kv_heads > MAX_GROUP:
@@ -70,6 +73,8 @@ def _unsupported(sig: Signature) -> str:
 
 def attend(call: AttentionCall) -> mx.array:
     """Attention ``[B, Hq, L, Dv]`` of ``call`` in the queries' dtype; see :func:`has_fused_kernel`.
+
+    One kernel serves decode and prefill: it takes the rows of a key head in blocks, and dequantizes keys once a block.
 
     The innermost stride of codes, scales and biases is 1, as in any slice of an array that ``mx.quantize`` made.
     """

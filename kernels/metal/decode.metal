@@ -73,7 +73,13 @@
   constexpr int STEP = SIMDGROUPS * TILE;
   const int tiles = (count + TILE - 1) / TILE;
   const int begin = (tiles + splits - 1) / splits * split * TILE;
-  const int end = min(count, (tiles + splits - 1) / splits * (split + 1) * TILE);
+  int end = min(count, (tiles + splits - 1) / splits * (split + 1) * TILE);
+#if IS_CAUSAL
+  // The last position of this threadgroup's rows, after which it needs no key.
+  const int last_row = min(first_row + ROWS, row_count) - 1;
+  const int last_position = first_row / length == last_row / length ? last_row % length : length - 1;
+  end = min(end, count - length + last_position + 1);
+#endif
 
   for (int base = begin; base < end; base += STEP) {
     const int tile = base + simdgroup * TILE;

@@ -15,7 +15,7 @@ import mlx.core as mx
 from qsdpa_patch.kernels import reference
 from qsdpa_patch.kernels.attention_call import AttentionCall, RopeTerm, Signature, check_call
 from qsdpa_patch.kernels.format import Format
-from qsdpa_patch.kernels.metal.plan import KEYS_PER_SPLIT, Family
+from qsdpa_patch.kernels.metal.plan import KEYS_PER_SPLIT, Family, family_of
 from qsdpa_patch.kernels.quantized_tensor import QuantizedTensor, quantize
 
 __all__ = ["check"]
@@ -30,13 +30,15 @@ _COUNTS = (37, 2 * KEYS_PER_SPLIT + 5)
 def check(family: Family, signature: Signature, attend: Attend) -> tuple[bool, str]:
     """Whether ``attend`` with the kernels of ``family`` is right on this machine, and if not, what it did; once."""
     small = signature._replace(batch=1, query_heads=signature.query_heads // signature.kv_heads, kv_heads=1)
-    return _check(family, small, attend)
+    lengths = range(1, signature.query_length + 1)
+    length = next(n for n in lengths if family_of(small._replace(query_length=n)) == family)
+    return _check(family, small._replace(query_length=length), attend)
 
 
 @cache
 def _check(family: Family, signature: Signature, attend: Attend) -> tuple[bool, str]:
     try:
-        error = max(_error(signature, count, attend) for count in _COUNTS)
+        error = max(_error(signature, max(count, signature.query_length), attend) for count in _COUNTS)
     except (RuntimeError, ValueError) as failure:
         return _refuse(signature, f"the Metal kernel does not run here: {failure}")
     if not error <= _TOLERANCES[signature.dtype]:

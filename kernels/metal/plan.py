@@ -64,8 +64,10 @@ def family_of(signature: Signature) -> Family:
     per_simdgroup = -(-chunks // 8)
     simdgroups = -(-chunks // per_simdgroup)
     most = _OUTPUT_REGISTERS // (8 * per_simdgroup)
-    blocks = -(-row_tiles // most)
-    row_tiles = -(-row_tiles // blocks)
+    if row_tiles > 2 * most:  # prefill: one kernel, whatever the number of rows
+        row_tiles = most
+    else:
+        row_tiles = -(-row_tiles // -(-row_tiles // most))
     return Family(static, row_tiles, 2 if row_tiles <= 2 else 1, simdgroups, team=True)
 
 

@@ -23,7 +23,7 @@ from tests import attention_cases as cases
 from tests.attention_cases import Case
 from tests.metal.emulated_backend import EmulatedBackend, emulated_backend
 
-__all__ = ["family", "mla_family", "worst_errors"]
+__all__ = ["family", "mla_family", "prefill_family", "worst_errors"]
 
 _SAME_KERNEL = {"bool": ("bool", "padding", "fully-masked-row")}
 
@@ -36,6 +36,17 @@ def family(seed: int, variants: int) -> Iterator[Case]:
 def mla_family(seed: int, variants: int) -> Iterator[Case]:
     """The same of absorbed MLA decode."""
     yield from _variants(cases.random_mla_case(seed, max_count=150), variants)
+
+
+def prefill_family(seed: int, variants: int) -> Iterator[Case]:
+    """Calls with many query rows."""
+    rng = random.Random(seed)
+    first = cases.random_case(seed, max_count=100)
+    length = rng.randint(17, 90)
+    group = rng.choice((1, 2, 4))
+    yield from _variants(
+        replace(first, length=length, group=group, count=length + rng.randint(0, 100), capacity=200), variants
+    )
 
 
 def _variants(first: Case, variants: int) -> Iterator[Case]:
@@ -77,12 +88,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Hold the Metal kernels against the reference on random calls.")
     parser.add_argument("--families", type=int, default=300, help="families of ordinary attention (default 300)")
     parser.add_argument("--mla-families", type=int, default=60, help="families of MLA decode (default 60)")
+    parser.add_argument("--prefill-families", type=int, default=60, help="families of prefill (default 60)")
     parser.add_argument("--variants", type=int, default=6, help="calls of each family (default 6)")
     parser.add_argument("--first-seed", type=int, default=0)
     options = parser.parse_args()
+    kinds = (
+        (family, options.families),
+        (mla_family, options.mla_families),
+        (prefill_family, options.prefill_families),
+    )
     totals: dict[mx.Dtype, tuple[float, int]] = defaultdict(lambda: (0.0, 0))
     with emulated_backend() as backend:
-        for draw, families in ((family, options.families), (mla_family, options.mla_families)):
+        for draw, families in kinds:
             for seed in range(options.first_seed, options.first_seed + families):
                 for dtype, (error, count) in worst_errors(backend, draw(seed, options.variants)).items():
                     totals[dtype] = max(totals[dtype][0], error), totals[dtype][1] + count
