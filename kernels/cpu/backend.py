@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import os
-import struct
 from functools import cache
+from typing import Any
 
 import mlx.core as mx
 
 from qsdpa_patch.kernels.attention_call import AttentionCall, Signature
 from qsdpa_patch.kernels.backends import Declined
-from qsdpa_patch.kernels.cpu.buffers import NO_VIEW, strided_view
+from qsdpa_patch.kernels.cpu import plans
 from qsdpa_patch.kernels.cpu.compiler import CompilerError, find_compiler
-from qsdpa_patch.kernels.cpu.library import load_library
-from qsdpa_patch.kernels.format import Format
-from qsdpa_patch.kernels.quantized_tensor import QuantizedTensor
+from qsdpa_patch.kernels.cpu.library import cache_directory, load_library, loaded_library
+from qsdpa_patch.kernels.cpu.self_check import wrong_results
 
-__all__ = ["attend", "has_fused_kernel", "is_available"]
+__all__ = ["attend", "describe", "has_fused_kernel", "is_available", "thread_count"]
 
-# The enumerations of the C sources.
-_TYPES = {mx.float32: 0, mx.float16: 1, mx.bfloat16: 2}
-_SCALE_TYPES = {"mxfp4": 3, "mxfp8": 3, "nvfp4": 4}
-_KINDS = {"affine": 0, "mxfp4": 1, "nvfp4": 1, "mxfp8": 2}
-_MASKS = {"none": 0, "causal": 1, "bool": 2, "additive": 3}
-_CALL = struct.Struct("72q")
+_log = logging.getLogger(__name__)
+_FAILURES = {1: "not enough memory for the CPU kernel", 2: "the numbers of an input's rows are not contiguous"}
+
+
+_async_eval: Any = mx.async_eval  # has no type annotations
 
 
 @cache
@@ -47,11 +47,39 @@ def has_fused_kernel(signature: Signature) -> tuple[bool, str]:
     for name, dim in (("key", signature.key_dim), ("value", signature.value_dim)):
         if dim % 32 or not 32 <= dim <= 512:
             return False, f"{name} rows of {dim} numbers: the kernel takes multiples of 32 from 32 to 512"
+    failure = _library_failure()
+    return not failure, failure
+
+
+@cache
+def _library_failure() -> str:
+    """Why the library cannot be used, logged once; empty when it is compiled, loaded and right."""
     try:
-        load_library()
+        library = load_library()
     except CompilerError as error:
-        return False, str(error)
-    return True, ""
+        failure = str(error)
+    else:
+        wrong = wrong_results(attend)
+        failure = f"the CPU kernels made by {library.compiler} are not used: {wrong}" if wrong else ""
+    if failure:
+        _log.warning("no CPU kernels: %s", failure)
+    return failure
+
+
+def describe() -> dict[str, str]:
+    """What a user may want to know when something is amiss: compiler, cached library, threads. Compiles nothing."""
+    library = loaded_library()
+    facts = {"cache": str(cache_directory()), "threads": str(thread_count())}
+    try:
+        facts["compiler"] = str(find_compiler())
+    except CompilerError as error:
+        facts["compiler"] = str(error)
+    if library is not None:
+        facts["library"] = str(library.path)
+        facts["compile time"] = f"{library.compile_seconds:.1f} s" if library.compile_seconds else "none: it was cached"
+    if _library_failure.cache_info().currsize and _library_failure():
+        facts["failure"] = _library_failure()
+    return facts
 
 
 @cache
@@ -68,67 +96,48 @@ def thread_count() -> int:
 
 
 def attend(call: AttentionCall) -> mx.array:
-    """Attention ``[B, Hq, L, Dv]`` of ``call`` in the queries' dtype, evaluated.
+    """Attention ``[B, Hq, L, Dv]`` of ``call`` in the queries' dtype. The inputs are evaluated, the kernel has run.
 
     Raises:
-        Declined: the inputs cannot be evaluated, or gradients are wanted of them.
+        Declined: the inputs are traced (``mx.compile``, ``mx.vmap``, ``mx.grad``), rows are not contiguous, or there
+            is not enough memory.
     """
-    sig = call.signature
-    out = mx.zeros((sig.batch, sig.query_heads, sig.query_length, sig.value_dim), sig.dtype)
-    mask = call.mask if isinstance(call.mask, mx.array) else None
-    rope = call.rope
-    inputs = [call.queries, *call.keys.parts]
-    if not sig.shared_kv:
-        inputs += call.values.parts
-    if mask is not None:
-        inputs.append(mask)
-    if call.sinks is not None:
-        inputs.append(call.sinks)
-    if rope is not None:
-        inputs += (rope.queries, rope.keys)
+    sig, library = call.signature, load_library()
+    arrays = plans.arrays_of(call)
+    _evaluate(call.queries, arrays)
+    arrays[1], result = _output((sig.batch, sig.query_heads, sig.query_length, sig.value_dim), sig.dtype)
     try:
-        mx.eval(out, *inputs)
+        fields = plans.fill_fields(call, thread_count())
+    except KeyError as error:
+        raise Declined(f"the CPU kernel does not take {error.args[0]}") from None
+    library.read_views(arrays, fields)
+    if failure := library.functions.qsdpa_attend(fields, call.scale):
+        raise Declined(_FAILURES[failure])
+    return result
+
+
+def _evaluate(queries: mx.array, arrays: list[mx.array | None]) -> None:
+    """Start evaluating what the kernel reads, or decline: it cannot run on traced arrays, nor be differentiated.
+
+    Unlike ``eval``, ``async_eval`` refuses arrays that are traced for gradients, where they are not evaluated yet, as
+    a fresh slice is not.
+    """
+    try:
+        _async_eval(queries[..., :1], [a for a in arrays if a is not None])
     except ValueError as error:
-        raise Declined(str(error)) from error
-    keys = _packed_fields(call.keys)
-    fields = _CALL.pack(
-        *strided_view(call.queries)[:4],
-        *strided_view(out)[:4],
-        *((0, 0, 0, 0, 0) if mask is None else strided_view(mask)),
-        *((0, 0) if call.sinks is None else strided_view(call.sinks)),
-        *(NO_VIEW if rope is None else strided_view(rope.queries)[:4]),
-        *(NO_VIEW if rope is None else strided_view(rope.keys)[:4]),
-        *keys,
-        *(keys if sig.shared_kv else _packed_fields(call.values)),
-        sig.batch,
-        sig.query_heads,
-        sig.kv_heads,
-        sig.query_length,
-        call.key_count,
-        _TYPES[sig.dtype],
-        _MASKS[sig.mask],
-        0 if mask is None else _TYPES.get(mask.dtype, 0),
-        0 if call.sinks is None else _TYPES[call.sinks.dtype],
-        sig.rope_dim,
-        0 if rope is None else _TYPES[rope.queries.dtype],
-        0 if rope is None else _TYPES[rope.keys.dtype],
-        thread_count(),
-    )
-    if load_library().functions.qsdpa_attend(fields, call.scale):
-        raise Declined("not enough memory for the CPU kernel")
-    return out
+        if "transformation" not in str(error):
+            raise
+        raise Declined("the CPU kernel takes evaluated arrays: not under mx.compile, mx.vmap or mx.grad") from error
 
 
-def _packed_fields(tensor: QuantizedTensor) -> tuple[int, ...]:
-    format: Format = tensor.format
-    return (
-        *strided_view(tensor.codes)[:4],
-        *strided_view(tensor.scales)[:4],
-        *(NO_VIEW if tensor.biases is None else strided_view(tensor.biases)[:4]),
-        _KINDS[format.mode],
-        format.bits,
-        format.group_size,
-        int(format.symmetric),
-        _TYPES[tensor.scales.dtype] if format.is_affine else _SCALE_TYPES[format.mode],
-        tensor.padded_dim,
-    )
+def _output(shape: tuple[int, ...], dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+    """A new array for the kernel to write into, and the array of ``dtype`` that it is.
+
+    Made of zeroed memory rather than by an op, which would cost a trip to the stream's thread.
+    """
+    zeros: Any = memoryview(bytes(math.prod(shape) * dtype.size))
+    if dtype == mx.float32:
+        out = mx.array(zeros.cast("f", shape))
+        return out, out
+    out = mx.array(zeros.cast("H", shape))
+    return out, out.view(dtype)

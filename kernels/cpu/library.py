@@ -17,14 +17,17 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import mlx.core as mx
+
 from qsdpa_patch.kernels.cpu import compiler as compilers
 from qsdpa_patch.kernels.cpu.compiler import Compiler, CompilerError
 
-__all__ = ["CompilerError", "Library", "cache_directory", "load_library"]
+__all__ = ["CompilerError", "Library", "cache_directory", "load_library", "loaded_library"]
 
 _log = logging.getLogger(__name__)
 _MAIN = "kernels.c"
@@ -35,9 +38,21 @@ class Library:
     """The loaded library and how it came about. ``compile_seconds`` is 0 where the cache had it."""
 
     functions: ctypes.CDLL
+    locked_functions: ctypes.PyDLL
     path: Path
     compiler: Compiler
     compile_seconds: float
+
+    def read_views(self, arrays: Sequence[mx.array | None], fields: ctypes.Array[ctypes.c_int64]) -> None:
+        """Write addresses and strides of ``arrays`` (``None``: zeros) to the start of ``fields``, five numbers each.
+
+        Waits for arrays that are still being evaluated. They are valid as long as the arrays live: MLX never moves the
+        buffer of an evaluated array.
+        """
+        objects = (ctypes.c_void_p * len(arrays))(*(None if a is None else id(a) for a in arrays))
+        failed = self.locked_functions.qsdpa_views(objects, len(arrays), fields, _GET_BUFFER, _RELEASE_BUFFER)
+        if failed >= 0:
+            raise ValueError(f"input {failed} has more than four axes")
 
 
 _lock = threading.Lock()
@@ -56,12 +71,15 @@ def load_library() -> Library:
             try:
                 _outcome = _find_or_build(compilers.find_compiler())
             except (CompilerError, OSError) as error:
-                reason = error if isinstance(error, CompilerError) else CompilerError(str(error))
-                _log.warning("the CPU kernels cannot be used: %s", reason)
-                _outcome = reason
+                _outcome = error if isinstance(error, CompilerError) else CompilerError(str(error))
     if isinstance(_outcome, CompilerError):
         raise _outcome
     return _outcome
+
+
+def loaded_library() -> Library | None:
+    """The library if this process has loaded it."""
+    return _outcome if isinstance(_outcome, Library) else None
 
 
 def cache_directory() -> Path:
@@ -80,7 +98,7 @@ def _find_or_build(compiler: Compiler) -> Library:
     for path in sorted(directory.glob(f"{key}-*.so")):
         if path.stem.rpartition("-")[2] == _digest(path.read_bytes()):
             try:
-                return Library(_open(path), path, compiler, 0.0)
+                return Library(*_open(path), path, compiler, 0.0)
             except OSError as error:
                 _log.warning("%s cannot be loaded and is built again: %s", path, error)
         else:
@@ -88,7 +106,7 @@ def _find_or_build(compiler: Compiler) -> Library:
         path.unlink(missing_ok=True)
     start = time.perf_counter()
     path = _build(sources, compiler, directory, key)
-    return Library(_open(path), path, compiler, time.perf_counter() - start)
+    return Library(*_open(path), path, compiler, time.perf_counter() - start)
 
 
 def _build(sources: dict[str, str], compiler: Compiler, directory: Path, key: str) -> Path:
@@ -102,15 +120,23 @@ def _build(sources: dict[str, str], compiler: Compiler, directory: Path, key: st
     return path
 
 
-def _open(path: Path) -> ctypes.CDLL:
+_GET_BUFFER = ctypes.cast(ctypes.pythonapi.PyObject_GetBuffer, ctypes.c_void_p)
+_RELEASE_BUFFER = ctypes.cast(ctypes.pythonapi.PyBuffer_Release, ctypes.c_void_p)
+
+
+def _open(path: Path) -> tuple[ctypes.CDLL, ctypes.PyDLL]:
+    """The library's functions, without and with the interpreter's lock held while they run."""
     functions = ctypes.CDLL(str(path))
-    functions.qsdpa_attend.argtypes = (ctypes.c_char_p, ctypes.c_double)
+    functions.qsdpa_attend.argtypes = (ctypes.c_void_p, ctypes.c_double)
     functions.qsdpa_attend.restype = ctypes.c_int
     functions.qsdpa_read.argtypes = (ctypes.c_void_p, ctypes.c_long, ctypes.c_long)
     functions.qsdpa_read.restype = ctypes.c_int
     functions.qsdpa_multiply_add.argtypes = (ctypes.c_long, ctypes.c_long)
     functions.qsdpa_multiply_add.restype = ctypes.c_long
-    return functions
+    locked_functions = ctypes.PyDLL(str(path))
+    locked_functions.qsdpa_views.argtypes = (ctypes.c_void_p, ctypes.c_long, *(ctypes.c_void_p,) * 3)
+    locked_functions.qsdpa_views.restype = ctypes.c_long
+    return functions, locked_functions
 
 
 def _sources() -> dict[str, str]:

@@ -17,23 +17,20 @@
 enum { NO_MASK, CAUSAL, BOOLEAN, ADDITIVE };
 enum { MOST_ROWS = 128, FEWEST_KEYS = 256 }; /* of a piece */
 
-/* Filled by Python as consecutive 64-bit integers; see call_layout.py. */
+enum { VIEWS = 12 };
+
+/* Filled by Python as consecutive 64-bit integers: the views by qsdpa_views, the rest in plans.py. */
 typedef struct {
-  view queries, out;
-  struct {
-    const uint8_t *data;
-    int64_t sequence, head, row, key;
-  } mask;
-  const uint8_t *sinks;
-  int64_t sink_stride;
-  view rope_queries, rope_keys;
-  packed keys, values;
-  int64_t batch, query_heads, kv_heads, length, count;
-  int64_t type, mask_kind, mask_type, sink_type, rope_dim, rope_query_type, rope_key_type, threads;
+  view queries, out, mask, sinks, rope_queries, rope_keys;
+  view key_codes, key_scales, key_biases, value_codes, value_scales, value_biases;
+  int64_t count, mask_type, sink_type, rope_query_type, rope_key_type;
+  format keys, values;
+  int64_t batch, query_heads, kv_heads, length, type, mask_kind, rope_dim, threads;
 } call;
 
 typedef struct {
   const call *c;
+  packed keys, values;
   float scale;
   long group, rows, row_blocks, splits, dim; /* dim: of a score product, rope included, padded to 4 */
   long split_keys;
@@ -111,7 +108,7 @@ static void load_rope_keys(const plan *p, const piece *w, long first, long count
 
 /* What the mask adds to a row of scores: [TILE], 0 or -inf for a boolean one. */
 static void load_mask(const call *c, const uint8_t *row, long count, float *restrict mask) {
-  const long step = c->mask.key;
+  const long step = c->mask.column;
   if (c->mask_kind == BOOLEAN) {
     for (long t = 0; t < count; t++) mask[t] = row[t * step] ? 0.0f : -INFINITY;
   } else if (step == type_size((int)c->mask_type)) {
@@ -132,7 +129,7 @@ static void mask_scores(const plan *p, const piece *w, long first, long count, f
       visible = visible < 0 ? 0 : visible < count ? visible : count;
     } else if (c->mask_kind != NO_MASK) {
       const uint8_t *row = c->mask.data + w->sequence * c->mask.sequence + head_of(p, w, r) * c->mask.head +
-                           position_of(p, w, r) * c->mask.row + first * c->mask.key;
+                           position_of(p, w, r) * c->mask.row + first * c->mask.column;
       if (row != loaded) load_mask(c, row, count, mask);
       loaded = row;
       for (long t = 0; t < count; t++) scores[t] += mask[t];
@@ -172,7 +169,7 @@ static int soften_scores(long rows, float *scores, float *peak, float *total, fl
 static void attend_piece(const plan *p, const piece *w, const memory *m) {
   const call *c = p->c;
   const long value_dim = c->values.dim;
-  const int fuse_keys = !c->rope_dim && can_fuse(&c->keys, w->rows), fuse_values = can_fuse(&c->values, w->rows);
+  const int fuse_keys = !c->rope_dim && can_fuse(&p->keys, w->rows), fuse_values = can_fuse(&p->values, w->rows);
   load_queries(p, w, m->q);
   if (fuse_keys) transpose_queries(m->q, w->rows, p->dim, m->keys); /* no tile of keys needs that memory */
   memset(m->out, 0, (size_t)(w->rows * value_dim) * sizeof *m->out);
@@ -181,19 +178,19 @@ static void attend_piece(const plan *p, const piece *w, const memory *m) {
   for (long first = w->first_key; first < w->end_key; first += TILE) {
     const long count = w->end_key - first < TILE ? w->end_key - first : TILE;
     if (fuse_keys) {
-      fused_score_tile(w->rows, &c->keys, w->sequence, w->kv_head, first, count, m->work, m->keys, m->scores);
+      fused_score_tile(w->rows, &p->keys, w->sequence, w->kv_head, first, count, m->work, m->keys, m->scores);
     } else {
-      unpack_keys(&c->keys, w->sequence, w->kv_head, first, count, m->work, m->keys);
+      unpack_keys(&p->keys, w->sequence, w->kv_head, first, count, m->work, m->keys);
       if (c->rope_dim) load_rope_keys(p, w, first, count, m->work, m->keys + c->keys.dim * TILE);
       score_tile(w->rows, m->q, p->dim, p->dim, m->keys, m->scores);
     }
     if (c->mask_kind != NO_MASK || count < TILE) mask_scores(p, w, first, count, m->mask, m->scores);
     if (!soften_scores(w->rows, m->scores, m->peak, m->total, m->decay)) continue;
     if (fuse_values) {
-      fused_output_tile(w->rows, &c->values, w->sequence, w->kv_head, first, count, m->work, m->scores, m->decay,
+      fused_output_tile(w->rows, &p->values, w->sequence, w->kv_head, first, count, m->work, m->scores, m->decay,
                         m->out);
     } else {
-      unpack_values(&c->values, w->sequence, w->kv_head, first, count, m->work, m->values);
+      unpack_values(&p->values, w->sequence, w->kv_head, first, count, m->work, m->values);
       output_tile(w->rows, m->scores, m->decay, m->values, value_dim, count, m->out);
     }
   }
@@ -204,9 +201,9 @@ static void write_row(const plan *p, const piece *w, long row, float *out, float
   const call *c = p->c;
   const long head = head_of(p, w, row);
   float factor = total > 0 ? 1 / total : 0;
-  if (c->sinks) {
+  if (c->sinks.data) {
     float sink;
-    to_floats(c->sinks + head * c->sink_stride, (int)c->sink_type, 1, &sink);
+    to_floats(c->sinks.data + head * c->sinks.sequence, (int)c->sink_type, 1, &sink);
     const float high = sink > peak ? sink : peak;
     if (total > 0) {
       const float decay = expf(peak - high);
@@ -267,25 +264,59 @@ static void run_piece(void *argument, long item, float *start) {
   if (__atomic_add_fetch(p->finished + unit, 1, __ATOMIC_ACQ_REL) == p->splits) merge_splits(p, &w, partials);
 }
 
+/* Waking threads takes as long as this many multiply-adds. */
+#define FEWEST_MULTIPLY_ADDS (1L << 20)
+
+static long threads_for(const call *c) {
+  const long pairs = c->batch * c->query_heads * c->length * c->count;
+  return pairs * (c->keys.dim + c->values.dim) < FEWEST_MULTIPLY_ADDS ? 1 : c->threads;
+}
+
 /* Splits of the keys: enough pieces that threads of unequal speed end together, none of too few keys. */
-static void plan_splits(plan *p, long units) {
+static void plan_splits(plan *p, long units, long threads) {
   const call *c = p->c;
-  const long wanted = (4 * c->threads + units - 1) / units, most = c->count / FEWEST_KEYS;
+  const long wanted = (4 * threads + units - 1) / units, most = c->count / FEWEST_KEYS;
   p->splits = wanted < most ? wanted : most;
-  if (p->splits < 1 || c->threads < 2) p->splits = 1;
+  if (p->splits < 1 || threads < 2) p->splits = 1;
   p->split_keys = (c->count / p->splits + TILE - 1) / TILE * TILE;
   p->splits = c->count ? (c->count + p->split_keys - 1) / p->split_keys : 1;
 }
 
-/* Returns 0, or 1 when there is not enough memory. */
+static packed packed_of(view codes, view scales, view biases, const format *f) {
+  return (packed){codes, scales, biases, f->kind, f->bits, f->group_size, f->symmetric, f->scale_type, f->dim};
+}
+
+static int rows_are_contiguous(const view *v, long length, int type) {
+  return !v->data || length == 1 || v->column == type_size(type);
+}
+
+static int packed_rows_are_contiguous(const packed *p) {
+  const long groups = p->dim / p->group_size;
+  return rows_are_contiguous(&p->codes, p->dim * p->bits / 32, FLOAT32) &&
+         rows_are_contiguous(&p->scales, groups, (int)p->scale_type) &&
+         rows_are_contiguous(&p->biases, groups, (int)p->scale_type);
+}
+
+enum { DONE, NO_MEMORY, SCATTERED_ROWS };
+
+/* Returns DONE, NO_MEMORY, or SCATTERED_ROWS when the numbers of an input's row are not contiguous. */
 __attribute__((visibility("default"))) int qsdpa_attend(const call *c, double scale) {
   plan p = {.c = c, .scale = (float)scale, .group = c->query_heads / c->kv_heads};
+  p.keys = packed_of(c->key_codes, c->key_scales, c->key_biases, &c->keys);
+  p.values = packed_of(c->value_codes, c->value_scales, c->value_biases, &c->values);
+  if (!packed_rows_are_contiguous(&p.keys) || !packed_rows_are_contiguous(&p.values) ||
+      !rows_are_contiguous(&c->queries, c->keys.dim, (int)c->type) ||
+      !rows_are_contiguous(&c->rope_queries, c->rope_dim, (int)c->rope_query_type) ||
+      !rows_are_contiguous(&c->rope_keys, c->rope_dim, (int)c->rope_key_type)) {
+    return SCATTERED_ROWS;
+  }
   p.rows = p.group * c->length;
   p.row_blocks = (p.rows + MOST_ROWS - 1) / MOST_ROWS;
   p.dim = (c->keys.dim + c->rope_dim + 3) / 4 * 4;
   const long units = c->batch * c->kv_heads * p.row_blocks;
-  if (units == 0) return 0;
-  plan_splits(&p, units);
+  if (units == 0) return DONE;
+  const long threads = threads_for(c);
+  plan_splits(&p, units, threads);
   if (p.splits > 1) {
     const long rows = p.rows < MOST_ROWS ? p.rows : MOST_ROWS;
     p.partials = aligned_floats((size_t)(units * p.splits * rows * (c->values.dim + 2)));
@@ -295,11 +326,11 @@ __attribute__((visibility("default"))) int qsdpa_attend(const call *c, double sc
   if (!failed) {
     memory unused;
     job j = {.run = run_piece, .argument = &p, .items = units * p.splits, .memory = part_memory(&p, NULL, &unused)};
-    failed = !run_job(&j, (int)c->threads);
+    failed = !run_job(&j, (int)threads);
   }
   free(p.partials);
   free(p.finished);
-  return failed;
+  return failed ? NO_MEMORY : DONE;
 }
 
 #endif

@@ -1,3 +1,4 @@
 /* Everything, as one translation unit: one short run of the compiler, and one pool of threads. */
 #include "attention.h"
+#include "buffers.h"
 #include "limits.h"

@@ -13,16 +13,20 @@
 
 enum { AFFINE, E2M1, E4M3 };
 
-/* Numbers of sequence, head and row are strides in bytes; the numbers of a row are contiguous. */
+/* A 4-dimensional array: where it starts, and strides in bytes, 0 along axes of size 1. All zero: there is none. */
 typedef struct {
   const uint8_t *data;
-  int64_t sequence, head, row;
+  int64_t sequence, head, row, column;
 } view;
+
+typedef struct {
+  int64_t kind, bits, group_size, symmetric, scale_type, dim;
+} format;
 
 typedef struct {
   view codes, scales, biases;
   int64_t kind, bits, group_size, symmetric, scale_type, dim;
-} packed;
+} packed; /* what the views hold is in the fields of format */
 
 /* Hardware prefetchers stop at a page's end, and a tile of one head is about that long. */
 INLINE void prefetch(const uint8_t *from, long size) {

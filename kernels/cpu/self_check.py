@@ -1,0 +1,41 @@
+"""One small call against the reference, before a freshly loaded library is trusted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import mlx.core as mx
+
+from qsdpa_patch.kernels import reference
+from qsdpa_patch.kernels.attention_call import AttentionCall, check_call
+from qsdpa_patch.kernels.format import Format
+from qsdpa_patch.kernels.quantized_tensor import quantize
+
+__all__ = ["wrong_results"]
+
+
+def wrong_results(attend: Callable[[AttentionCall], mx.array]) -> str:
+    """What is wrong with the results of ``attend``; empty when they are right.
+
+    Two calls, of few and of many rows. Their numbers come from no random generator: the user's is left alone.
+    """
+    with mx.stream(mx.cpu):
+        for length in (1, 9):
+            call = _small_call(length)
+            wanted = reference.attend(call)
+            error = float(mx.abs(attend(call) - wanted).max())
+            if not error <= 1e-4 * float(mx.abs(wanted).max()):
+                return f"its results differ from the reference by up to {error:.2g}"
+    return ""
+
+
+def _small_call(length: int) -> AttentionCall:
+    def numbers(*shape: int) -> mx.array:
+        count = 1
+        for n in shape:
+            count *= n
+        return mx.sin(mx.arange(count, dtype=mx.float32) ** 1.5).reshape(shape)
+
+    keys = quantize(numbers(1, 2, 100, 64), Format.affine(4, 32))
+    values = quantize(numbers(1, 2, 100, 96) + 0.5, Format.affine(6, 32))
+    return check_call(numbers(1, 4, length, 64), keys, values, scale=0.125, mask="causal")
