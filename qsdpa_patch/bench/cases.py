@@ -31,6 +31,7 @@ class Case:
     heads, kv_heads, key_dim, value_dim, query_length: of the attention call. For MLA, ``key_dim`` is the latent's
         length and ``rope_dim`` that of the rotary keys beside it.
     context: keys in the cache.
+    model: name of the model that ``e2e`` runs, if it is not one made for the case. Its heads are its own.
     """
 
     suite: str
@@ -45,6 +46,7 @@ class Case:
     key_format: Format
     value_format: Format
     rope_dim: int = 0
+    model: str = ""
 
     def work(self, nbytes: int) -> Work:
         """The least that attention over keys and values of ``nbytes`` has to do."""
@@ -59,6 +61,8 @@ class Case:
         rope = f"+{self.rope_dim}" if self.rope_dim else ""
         formats = [str(self.key_format), str(self.value_format)]
         stored = formats[0] if formats[0] == formats[1] or self.rope_dim else f"K {formats[0]}, V {formats[1]}"
+        if self.model:
+            return f"{self.model}, {stored}"
         return (
             f"B{self.batch} Hq{self.heads} Hkv{self.kv_heads} {dims}{rope} L{self.query_length}, "
             f"{stored}, {dtype_name(self.dtype)}"
@@ -68,6 +72,7 @@ class Case:
         """The case as plain data."""
         return {
             "suite": self.suite,
+            "model": self.model or None,
             "batch": self.batch,
             "heads": self.heads,
             "kv_heads": self.kv_heads,

@@ -7,6 +7,7 @@ import json
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx_lm
@@ -45,7 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shape.add_argument("--head-dim", type=_positive, metavar="D", help="of queries and keys; of the latent in mla")
     shape.add_argument("--value-dim", type=_positive, metavar="D", help="of values, by default as keys")
     shape.add_argument("--query-length", type=_positive, metavar="L", help="query rows")
-    shape.add_argument("--model", metavar="DIR", help="e2e: an mlx-lm model, by default a random Llama")
+    shape.add_argument(
+        "--model", metavar="PATH_OR_HUB_ID", help="e2e: a model as mlx-lm takes it, by default a random Llama"
+    )
     shape.add_argument("--layers", type=_positive, default=4, help="e2e: layers of the random Llama (4)")
     stored = parser.add_argument_group("formats")
     stored.add_argument("--bits", type=int, nargs="+", default=[], help="affine, keys and values alike (4)")
@@ -53,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     stored.add_argument("--format", nargs="+", default=[], choices=FLOAT_FORMATS, help="floating-point formats")
     stored.add_argument("--key-bits", metavar="BITS_OR_FORMAT", help="keys alone; with --value-bits")
     stored.add_argument("--value-bits", metavar="BITS_OR_FORMAT", help="values alone; with --key-bits")
-    stored.add_argument("--dtype", choices=DTYPES, help="of queries; float16 on a GPU, float32 on the CPU")
+    stored.add_argument("--dtype", choices=DTYPES, help="of queries, by default float16 on a GPU, float32 on the CPU")
     timing = parser.add_argument_group("running")
     timing.add_argument("--device", choices=("cpu", "gpu"), help="by default MLX's")
     timing.add_argument("--kernels", choices=CHOICES, default="auto", help="default: %(default)s")
@@ -71,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
         if args.plot:
             load_pyplot()  # to fail now rather than when everything is measured
         cases = list(plan_cases(args))
-        model = mlx_lm.load(args.model)[0] if args.model else None
+        model = _load(args.model, args.dtype) if args.model else None
     except (PlotError, ValueError, OSError) as error:
         print(f"qsdpa bench: {error}", file=sys.stderr)
         return 2
@@ -86,6 +89,14 @@ def run(args: argparse.Namespace) -> int:
         Path(args.json).write_text(json.dumps(benchmark.to_dict(), indent=1) + "\n", encoding="utf-8")
     print_results(benchmark, Console(width=None if sys.stdout.isatty() else _FILE_WIDTH))
     return 0
+
+
+def _load(name: str, dtype: str | None) -> Any:
+    """The model, its floating-point parameters in ``dtype`` if one was asked for."""
+    model, *_ = mlx_lm.load(name)
+    if dtype is not None:
+        model.set_dtype(DTYPES[dtype])
+    return model
 
 
 def _choose_device(name: str | None) -> None:

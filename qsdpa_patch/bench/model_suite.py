@@ -12,7 +12,7 @@ from mlx.nn.layers.quantized import quantize
 from mlx_lm.models import llama
 
 import qsdpa_patch
-from qsdpa_patch.bench.cases import Case, dtype_name, random_rows, stock_format
+from qsdpa_patch.bench.cases import Case, random_rows, stock_format
 from qsdpa_patch.bench.measurement import OURS, TimedPath
 from qsdpa_patch.kernels.format import Format
 
@@ -63,7 +63,7 @@ def model_paths(case: Case, kernels: str, model: Any) -> list[TimedPath]:
     return [
         _path(OURS, model, case, ours, patch),
         _path("mlx-lm quantized", model, case, stock),
-        _path(f"{dtype_name(case.dtype)} cache", model, case, lambda: _filled(model, case)),
+        _path("unquantized", model, case, lambda: _filled(model, case)),
     ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import mlx.core as mx
 
@@ -55,6 +56,8 @@ def plan_cases(args: argparse.Namespace) -> Iterator[Case]:
         if heads % kv_heads:
             raise ValueError(f"--heads {heads} is no multiple of --kv-heads {kv_heads}")
         query_length = args.query_length or (suite.cpu_query_length if on_cpu else suite.gpu_query_length)
+        if name == "e2e" and (args.batch, query_length, args.value_dim) != (1, 1, None):
+            raise ValueError("e2e decodes single tokens of one sequence: no --batch, --query-length, --value-dim")
         if suite.rope_dim and query_length > 1:
             raise ValueError(f"--query-length {query_length}: models absorb only single tokens in {name}")
         contexts = args.context or (suite.cpu_contexts if on_cpu else suite.gpu_contexts)
@@ -75,6 +78,7 @@ def plan_cases(args: argparse.Namespace) -> Iterator[Case]:
                     key_format=key_format.fit(key_dim)[0],
                     value_format=value_format.fit(args.value_dim or key_dim)[0],
                     rope_dim=suite.rope_dim,
+                    model=Path(args.model).name if args.model and name == "e2e" else "",
                 )
 
 

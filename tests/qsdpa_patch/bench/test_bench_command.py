@@ -119,8 +119,10 @@ def test_keys_and_values_apart(tmp_path: Path) -> None:
 
 def test_a_model_of_ones_own(tmp_path: Path) -> None:
     model = str(write_tiny_model(tmp_path / "model"))
-    (result,) = bench_as_json(tmp_path / "out.json", "--suite", "e2e", "--model", model, "--context", "40")["results"]
+    options = ("--suite", "e2e", "--model", model, "--dtype", "float16", "--context", "40")
+    (result,) = bench_as_json(tmp_path / "out.json", *options)["results"]
     assert all(path["error"] is None for path in result["paths"])
+    assert result["model"] == "model"
 
 
 def test_stock_is_timed_as_it_is_though_the_patch_was_on(tmp_path: Path) -> None:

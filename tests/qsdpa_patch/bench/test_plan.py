@@ -59,6 +59,7 @@ def test_dtype() -> None:
         (("--key-bits", "8", "--value-bits", "fp4"), "'fp4' is no number of bits"),
         (("--heads", "6", "--kv-heads", "4"), "--heads 6 is no multiple of --kv-heads 4"),
         (("--context", "8", "--query-length", "9"), "less than the query length"),
+        (("--suite", "e2e", "--batch", "2"), "e2e decodes single tokens of one sequence"),
         (("--suite", "mla", "--query-length", "2"), "single tokens in mla"),
     ],
 )
