@@ -69,7 +69,7 @@ def load_library() -> Library:
     with _lock:
         if _outcome is None:
             try:
-                _outcome = _find_or_build(compilers.find_compiler())
+                _outcome = find_or_build(compilers.find_compiler())
             except (CompilerError, OSError) as error:
                 _outcome = error if isinstance(error, CompilerError) else CompilerError(str(error))
     if isinstance(_outcome, CompilerError):
@@ -91,7 +91,7 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qsdpa_patch"
 
 
-def _find_or_build(compiler: Compiler) -> Library:
+def find_or_build(compiler: Compiler) -> Library:
     sources = _sources()
     key = _key(sources, compiler)
     directory = _writable_directory()

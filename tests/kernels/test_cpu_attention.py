@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import shutil
+import threading
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
 
-from qsdpa_patch.kernels.cpu import backend
+from qsdpa_patch.kernels.attention_call import AttentionCall, check_call
+from qsdpa_patch.kernels.backends import Declined
+from qsdpa_patch.kernels.cpu import backend, library, plans
+from qsdpa_patch.kernels.cpu.compiler import Compiler
+from qsdpa_patch.kernels.format import Format
+from qsdpa_patch.kernels.quantized_tensor import QuantizedTensor
 from tests.attention_cases import (
     TOLERANCES,
     Case,
@@ -21,34 +33,201 @@ from tests.attention_cases import (
 pytestmark = pytest.mark.skipif(not backend.is_available()[0], reason=backend.is_available()[1])
 
 
-def check(case: Case) -> None:
-    call = build(case)
+def check(call: AttentionCall, what: object) -> None:
     assert backend.has_fused_kernel(call.signature) == (True, "")
     out = backend.attend(call)
-    assert out.dtype == case.dtype
-    assert relative_error(out, expected(call)) <= TOLERANCES[case.dtype], str(case)
+    assert out.dtype == call.queries.dtype
+    assert relative_error(out, expected(call)) <= TOLERANCES[call.queries.dtype], str(what)
 
 
-@pytest.mark.parametrize("block", range(8))
+@pytest.mark.parametrize("block", range(10))
 def test_decode_sweep(block: int) -> None:
     for seed in range(block * 40, block * 40 + 40):
-        check(random_case(seed))
+        case = random_case(seed)
+        check(build(case), case)
 
 
 @pytest.mark.parametrize("block", range(4))
 def test_prefill_sweep(block: int) -> None:
-    for seed in range(1000 + block * 8, 1000 + block * 8 + 8):
-        check(random_case(seed, max_length=300))
+    for seed in range(1000 + block * 10, 1000 + block * 10 + 10):
+        case = random_case(seed, max_length=300)
+        check(build(case), case)
 
 
 @pytest.mark.parametrize("block", range(4))
 def test_mla_sweep(block: int) -> None:
-    for seed in range(block * 10, block * 10 + 10):
-        check(random_mla_case(seed))
+    for seed in range(block * 15, block * 15 + 15):
+        case = random_mla_case(seed)
+        check(build(case), case)
 
 
-def test_inputs_may_be_lazy() -> None:
-    call = build(random_case(5))
-    lazy = mx.concatenate([call.queries, call.queries], axis=1)[:, : call.queries.shape[1]]
-    out = backend.attend(replace(call, queries=lazy))
-    assert relative_error(out, expected(call)) <= TOLERANCES[call.queries.dtype]
+@pytest.mark.parametrize("count", [3000, 4097])
+@pytest.mark.parametrize("sinks", [False, True])
+def test_keys_split_between_threads(count: int, sinks: bool) -> None:
+    case = Case(
+        seed=count, kv_heads=1, group=4, count=count, capacity=count + 7, key_dim=128, value_dim=128, sinks=sinks
+    )
+    call = build(case)
+    fields, out = prepared(call, threads=4)
+    assert library.load_library().functions.qsdpa_attend(fields, call.scale) == 0
+    assert relative_error(out, expected(call)) <= 1e-5
+
+
+def test_a_mask_may_hide_whole_tiles() -> None:
+    case = Case(seed=3, count=700, capacity=700, length=5)
+    call = build(case)
+    positions = mx.arange(700)
+    for keep in (positions >= 690, positions < 3, (positions > 100) & (positions < 130)):
+        masked = replace(call, mask=keep.reshape(1, 1, 1, 700), signature=call.signature._replace(mask="bool"))
+        check(masked, "window")
+
+
+def test_masks_are_read_with_their_strides() -> None:
+    case = Case(seed=4, batch=2, kv_heads=2, group=2, count=150, capacity=150, length=7)
+    call = build(case)
+    full = (2, 4, 7, 150)
+    masks = [
+        mx.broadcast_to(mx.random.normal((1, 4, 1, 1)), full),
+        mx.random.normal((2, 4, 150, 7)).swapaxes(2, 3),
+        mx.random.normal((2, 4, 7, 300))[..., ::2],
+        mx.random.bernoulli(0.5, (4, 2, 7, 150)).swapaxes(0, 1),
+        mx.random.normal((1, 1, 7, 1)).astype(mx.float16),
+    ]
+    for mask in masks:
+        kind = "bool" if mask.dtype == mx.bool_ else "additive"
+        check(replace(call, mask=mask, signature=call.signature._replace(mask=kind)), mask.shape)
+
+
+def test_queries_may_be_transposed_and_lazy() -> None:
+    call = build(Case(seed=5, kv_heads=2, group=3, count=90, capacity=99, length=4, dtype=mx.bfloat16))
+    lazy = (mx.random.normal((1, 4, 6, 64)) * 2).astype(mx.bfloat16).swapaxes(1, 2)
+    check(replace(call, queries=lazy), "lazy")
+
+
+def test_scales_may_differ_from_the_queries_in_dtype() -> None:
+    call = build(Case(seed=6, count=130, capacity=150, dtype=mx.float32))
+    for dtype in (mx.float16, mx.bfloat16):
+
+        def cast(tensor: QuantizedTensor, dtype: mx.Dtype = dtype) -> QuantizedTensor:
+            assert tensor.biases is not None
+            scales, biases = tensor.scales.astype(dtype), tensor.biases.astype(dtype)
+            return QuantizedTensor(tensor.codes, scales, biases, tensor.format)
+
+        mixed = check_call(call.queries, cast(call.keys), cast(call.values), scale=0.2)
+        assert mixed.signature.key_scale_dtype == dtype
+        check(mixed, dtype)
+
+
+def test_scattered_rows_are_declined() -> None:
+    call = build(Case(seed=7))
+    queries = mx.random.normal((1, 2, 64, 1)).swapaxes(2, 3)
+    assert backend.attend(replace(call, queries=queries)).shape == (1, 2, 1, 64)  # contiguous all the same
+    scattered = mx.random.normal((1, 2, 64, 2)).swapaxes(2, 3)[:, :, :1]
+    with pytest.raises(Declined, match="not contiguous"):
+        backend.attend(replace(call, queries=scattered))
+
+
+def test_dims_out_of_range_are_refused_with_the_reason() -> None:
+    signature = build(Case(seed=8)).signature._replace(value_dim=544)
+    taken, reason = backend.has_fused_kernel(signature)
+    assert not taken
+    assert "value rows of 544" in reason
+
+
+@pytest.mark.parametrize("transform", ["compile", "vmap", "grad", "jvp"])
+def test_traced_arrays_are_declined(transform: str) -> None:
+    call = build(Case(seed=9, count=40, capacity=40))
+    reasons = []
+
+    def attend(queries: mx.array) -> mx.array:
+        queries = queries.reshape(call.queries.shape)
+        try:
+            return backend.attend(replace(call, queries=queries)).sum()
+        except Declined as declined:
+            reasons.append(str(declined))
+            return queries.sum()
+
+    run: dict[str, Callable[[], object]] = {
+        "compile": lambda: mx.compile(attend)(call.queries),
+        "vmap": lambda: mx.vmap(attend)(call.queries),
+        "grad": lambda: mx.grad(attend)(call.queries),
+        "jvp": lambda: mx.jvp(attend, [call.queries], [call.queries]),
+    }
+    run[transform]()
+    assert len(reasons) == 1
+    assert "mx.grad" in reasons[0]
+
+
+def test_threads_may_call_at_once() -> None:
+    calls = [build(random_case(seed)) for seed in range(20, 26)]
+    calls += [build(Case(seed=s, kv_heads=2, group=4, count=2000, capacity=2000)) for s in (1, 2)]
+    wanted = [expected(call) for call in calls]
+    failures: list[int] = []
+
+    def hammer(first: int) -> None:
+        for i in range(4 * len(calls)):
+            k = (first + i) % len(calls)
+            fields, out = prepared(calls[k], threads=3)
+            library.load_library().functions.qsdpa_attend(fields, calls[k].scale)
+            if relative_error(out, wanted[k]) > TOLERANCES[calls[k].queries.dtype]:
+                failures.append(k)
+
+    threads = [threading.Thread(target=hammer, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_forked_child_makes_its_own_threads() -> None:
+    call = build(Case(seed=11, kv_heads=4, group=4, count=1500, capacity=1500))
+    attend = library.load_library().functions.qsdpa_attend
+    before, wanted = prepared(call, threads=3)
+    attend(before, call.scale)
+    after, out = prepared(call, threads=3)
+    shared: Any = (wanted, out)
+    expected_bytes, buffer = bytes(memoryview(shared[0])), memoryview(shared[1])
+    child = os.fork()
+    if child == 0:  # no MLX in here: its own threads did not come along
+        attend(after, call.scale)
+        os._exit(0 if bytes(buffer) == expected_bytes else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+@pytest.fixture(params=["-mno-avx512f", "-mno-avx"])
+def narrow_library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The library made for narrower vectors than this CPU has."""
+    path = shutil.which("cc")
+    if platform.machine() not in ("x86_64", "AMD64") or path is None:
+        pytest.skip("the flags are those of cc on x86-64")
+    monkeypatch.setenv("QSDPA_CACHE_DIR", str(tmp_path))
+    built = library.find_or_build(Compiler((path, request.param), "test"))
+    monkeypatch.setattr(library, "_outcome", built)
+
+
+@pytest.mark.usefixtures("narrow_library")
+def test_narrower_vectors() -> None:
+    for seed in range(2000, 2050):
+        check(build(random_case(seed)), seed)
+    for seed in range(2000, 2004):
+        check(build(random_case(seed, max_length=200)), seed)
+        check(build(random_mla_case(seed)), seed)
+    for bits in (4, 8):
+        for group in (1, 2, 3, 4, 8):
+            case = Case(seed=bits, group=group, count=200, capacity=200, key_dim=96, value_dim=160)
+            formats = Format.affine(bits, 32)
+            check(build(replace(case, key_format=formats, value_format=formats)), case)
+
+
+def prepared(call: AttentionCall, threads: int) -> tuple[object, mx.array]:
+    """The C structure of ``call`` for a given number of threads, and the array that it writes to."""
+    sig = call.signature
+    out = mx.zeros((sig.batch, sig.query_heads, sig.query_length, sig.value_dim), sig.dtype)
+    mx.eval(out)
+    arrays = plans.arrays_of(call)
+    arrays[1] = out
+    fields = plans.fill_fields(call, threads)
+    library.load_library().read_views(arrays, fields)
+    return fields, out
