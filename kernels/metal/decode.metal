@@ -98,6 +98,11 @@
     }
     for (int chunk = 0; chunk < (KEY_DIM + 63) / 64; chunk++) {
       const int pack = 8 * chunk + at.row;
+      float q[KEY_TILES > 1 ? ROW_TILES : 1][16];  // read once for several tiles of keys
+      MLX_MTL_PRAGMA_UNROLL
+      for (int r = 0; r < (KEY_TILES > 1 ? ROW_TILES : 0); r++) {
+        load_query<KEY_DIM>(queries + row_of_output[r] * KEY_DIM, 8 * chunk + at.column, q[r]);
+      }
       MLX_MTL_PRAGMA_UNROLL
       for (int k = 0; k < KEY_TILES; k++) {
         float numbers[2][8] = {};
@@ -112,9 +117,10 @@
         }
         MLX_MTL_PRAGMA_UNROLL
         for (int r = 0; r < ROW_TILES; r++) {
-          float q[16];
-          load_query<KEY_DIM>(queries + row_of_output[r] * KEY_DIM, 8 * chunk + at.column, q);
-          add_scores(scores[r][k], q, numbers[0], numbers[1]);
+          if (KEY_TILES == 1) {
+            load_query<KEY_DIM>(queries + row_of_output[r] * KEY_DIM, 8 * chunk + at.column, q[0]);
+          }
+          add_scores(scores[r][k], q[KEY_TILES > 1 ? r : 0], numbers[0], numbers[1]);
         }
       }
     }

@@ -33,12 +33,12 @@ class EmulatedBackend:
 
 
 @contextmanager
-def emulated_backend() -> Iterator[EmulatedBackend]:
+def emulated_backend(*, count_instructions: bool = False) -> Iterator[EmulatedBackend]:
     """The backend with the emulator in place of ``mx.fast.metal_kernel``, where there is no GPU for Metal."""
     if mx.metal.is_available():
         yield EmulatedBackend()
         return
-    emulator = Emulator()
+    emulator = Emulator(count_instructions=count_instructions)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backend, "metal_kernel", emulator.metal_kernel)
         patch.setattr(backend, "is_available", lambda: (True, ""))

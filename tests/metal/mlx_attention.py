@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tests.metal.emulator import Cost
-from tests.metal.emulator.compiler import build
+from tests.metal.emulator.compiler import build, build_counting
 from tests.metal.emulator.signature import TYPE_NAMES
 from tests.metal.emulator.worker_process import WRITABLE, Argument, run
 
@@ -53,16 +53,19 @@ class Problem:
             return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=self.scale)
 
 
-def attend(problem: Problem, kernel: str, replace: tuple[str, str] = ("", "")) -> tuple[mx.array, list[Cost]]:
+def attend(
+    problem: Problem, kernel: str, replace: tuple[str, str] = ("", ""), *, count_instructions: bool = False
+) -> tuple[mx.array, list[Cost]]:
     """Attention of ``problem`` in float32, and the cost of each launch.
 
     Args:
         kernel: ``"vector"``, ``"two passes"`` or ``"two passes, shared keys"`` (that of MLX for grouped heads).
         replace: a text in MLX's source and what to put in its place.
+        count_instructions: of the first pass, instead of checking memory.
     """
     if kernel == "vector":
         return _vector(problem, replace)
-    return _two_passes(problem, shared="shared" in kernel)
+    return _two_passes(problem, "shared" in kernel, count_instructions)
 
 
 def _source() -> str:
@@ -117,7 +120,7 @@ def _vector(p: Problem, replace: tuple[str, str]) -> tuple[mx.array, list[Cost]]
     return _float32(outputs[0], p), [cost]
 
 
-def _two_passes(p: Problem, shared: bool) -> tuple[mx.array, list[Cost]]:
+def _two_passes(p: Problem, shared: bool, count_instructions: bool) -> tuple[mx.array, list[Cost]]:
     template = [("T", TYPE_NAMES[p.dtype]), ("D", str(p.dim)), ("V", str(p.dim))]
     name = "sdpa_vector_2pass_1"
     if shared:
@@ -130,8 +133,13 @@ def _two_passes(p: Problem, shared: bool) -> tuple[mx.array, list[Cost]]:
     ]
     inputs = _inputs(p, first_stride=8)
     arguments = [*inputs, *partials, *([] if shared else _unused(13, 14, 15, 16, 17, 18))]
-    library = build(_source(), name, template, function_constants=_CONSTANTS)
-    made, first = run(name, library, arguments, (32 * p.kv_heads, p.group, _BLOCKS), (32, p.group, 1))
+    blocks: list[dict[str, int]] = []
+    if count_instructions:
+        library, blocks = build_counting(_source(), name, template, function_constants=_CONSTANTS)
+    else:
+        library = build(_source(), name, template, function_constants=_CONSTANTS)
+    grid, threadgroup = (32 * p.kv_heads, p.group, _BLOCKS), (32, p.group, 1)
+    made, first = run(name, library, arguments, grid, threadgroup, blocks=blocks)
     merge = [Argument(i, a.name, a.size, data) for i, (a, data) in enumerate(zip(partials, made))]
     merge += [Argument(3, "out", p.heads * p.dim * p.dtype.size, None, WRITABLE), _int(4, "blocks", _BLOCKS)]
     library = build(_source(), "sdpa_vector_2pass_2", template[:2], function_constants=_CONSTANTS)

@@ -16,10 +16,11 @@ from pathlib import Path
 import mlx.core as mx
 
 from tests.metal.emulator.errors import MetalError
+from tests.metal.emulator.instructions import instrument
 from tests.metal.emulator.rules import broken_rules
 from tests.metal.emulator.source import rewrite
 
-__all__ = ["CLANG", "build", "cache_folder", "missing_tools", "runtime_library"]
+__all__ = ["CLANG", "build", "build_counting", "cache_folder", "missing_tools", "runtime_library"]
 
 HERE = Path(__file__).parent
 CLANG = os.environ.get("QSDPA_TEST_CLANG", "clang-19")
@@ -34,6 +35,8 @@ TRACED = shlex.split(
     "-fsanitize-coverage=func,trace-loads,trace-stores -fsanitize-minimal-runtime "
     "-fsanitize=shift,bounds,integer-divide-by-zero,alignment,unreachable,return"
 )
+# A product and a sum in one expression are one instruction, as Metal makes them.
+COUNTED = shlex.split("-O2 -fno-vectorize -fno-slp-vectorize -ffp-contract=on")
 
 _ATTRIBUTES = {  # thread attributes of Metal: (type, value in terms of `const device emu_ids* I`)
     "dispatch_simdgroups_per_threadgroup": "(I->dispatch_threads_per_threadgroup[0] * "
@@ -147,6 +150,34 @@ def build(
         _run([CLANG, "-shared", "-o", str(shared), str(obj), "-lm"])
         shared.replace(library)
     return library
+
+
+def build_counting(
+    source: str,
+    function: str,
+    template: Sequence[tuple[str, str]] = (),
+    *,
+    function_constants: Mapping[str, int | bool] | None = None,
+) -> tuple[Path, list[dict[str, int]]]:
+    """As :func:`build`, but without checks: optimized, and with every basic block counted.
+
+    Returns the library and the instructions by kind in each block.
+    """
+    unit = _translation_unit(source, function, template, function_constants, with_mlx_utilities=True)
+    command = [CLANG, *LANGUAGE, *COUNTED, f"-I{HERE / 'include'}", f"-I{mlx_headers()}"]
+    with tempfile.TemporaryDirectory(dir=cache_folder()) as folder:
+        text, assembly = Path(folder) / "unit.clcpp", Path(folder) / "unit.ll"
+        text.write_text(unit)
+        _run([*command, "-S", "-emit-llvm", str(text), "-o", str(assembly)])
+        counting, blocks = instrument(assembly.read_text())
+        assembly.write_text(counting)
+        digest = hashlib.sha256(counting.encode()).hexdigest()[:24]
+        library = cache_folder() / f"counting-{digest}.so"
+        if not library.exists():
+            shared = Path(folder) / "unit.so"
+            _run([CLANG, "-O1", "-march=x86-64-v3", "-fPIC", "-shared", str(assembly), "-o", str(shared), "-lm"])
+            shared.replace(library)
+    return library, blocks
 
 
 def _run(command: Sequence[str]) -> None:

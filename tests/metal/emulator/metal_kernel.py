@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tests.metal.emulator import worker_process
-from tests.metal.emulator.compiler import build
+from tests.metal.emulator.compiler import build, build_counting
 from tests.metal.emulator.signature import Input, function_name, generate, shape_arguments, template_values
 from tests.metal.emulator.worker_process import ATOMIC, CHECK_RACES, WRITABLE, Argument, Cost
 
@@ -21,12 +21,15 @@ __all__ = ["Emulator"]
 class Emulator:
     """Makes kernels that run in the emulator, and keeps what each launch cost, in order, in ``costs``.
 
+    With ``count_instructions`` it counts those instead of checking memory.
+
     The emulator is eager: functions that call its kernels cannot be compiled with ``mx.compile``.
     """
 
-    def __init__(self, flags: int = CHECK_RACES) -> None:
+    def __init__(self, flags: int = CHECK_RACES, *, count_instructions: bool = False) -> None:
         self.costs: list[Cost] = []
         self._flags = flags
+        self._count_instructions = count_instructions
 
     def metal_kernel(
         self,
@@ -68,14 +71,18 @@ class Emulator:
             text = generate(function, header, source, described, outputs, template, atomic_outputs)
             if verbose:
                 print(f"Generated source code for `{name}`:\n```\n{text}\n```")
-            library = build(text, function, template_values(template))
+            blocks: list[dict[str, int]] = []
+            if self._count_instructions:
+                library, blocks = build_counting(text, function, template_values(template))
+            else:
+                library = build(text, function, template_values(template))
             arguments = _input_arguments(described, arrays, source)
             for output, shape, dtype in zip(output_names, output_shapes, output_dtypes):
                 initial = None if init_value is None else _bytes(mx.full(tuple(shape), init_value, dtype))
                 size = int(np.prod(shape)) * dtype.size
                 access = ATOMIC if atomic_outputs else WRITABLE
                 arguments.append(Argument(len(arguments), output, size, initial, access))
-            results, cost = worker_process.run(name, library, arguments, grid, threadgroup, self._flags)
+            results, cost = worker_process.run(name, library, arguments, grid, threadgroup, self._flags, blocks)
             self.costs.append(cost)
             return [_array(r, tuple(s), d) for r, s, d in zip(results, output_shapes, output_dtypes)]
 

@@ -318,6 +318,13 @@ const void* emu_simd_compute(u32 op, u32 line, const void* value, u32 size) {
 }
 }  // extern "C"
 
+// ---- instruction counts: how often each basic block ran (instructions.py) ------------------------------------------------
+
+constexpr u32 MAX_BLOCKS = 1 << 16;
+static u64 block_counts[MAX_BLOCKS];
+extern "C" void emu_count(u32 block) { block_counts[block & (MAX_BLOCKS - 1)]++; }
+extern "C" const u64* emu_block_counts() { return block_counts; }
+
 // ---- the scheduler --------------------------------------------------------------------------------------------------
 
 static float combine(u32 op, float x, float y) {
@@ -548,6 +555,7 @@ extern "C" int emu_launch(void* function, const u64* arguments, const u32* grid,
   kernel_arguments = arguments;
   threadgroup_id = 0;
   current = nullptr;
+  memset(block_counts, 0, sizeof block_counts);
   if (u64(size[0]) * size[1] * size[2] > MAX_THREADS) {
     snprintf(stats->error, sizeof stats->error, "threadgroup larger than %u threads", MAX_THREADS);
     return 1;

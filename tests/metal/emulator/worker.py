@@ -80,6 +80,8 @@ def launch(runtime: ctypes.CDLL, request: dict[str, Any]) -> dict[str, Any]:
         function, pointers, (ctypes.c_uint32 * 3)(*request["grid"]), (ctypes.c_uint32 * 3)(*request["threadgroup"]),
         buffers, buffer_stats, count, ctypes.byref(stats), request["flags"],
     )  # fmt: skip
+    runtime.emu_block_counts.restype = ctypes.POINTER(ctypes.c_uint64)
+    counts = runtime.emu_block_counts()
     if failed:
         return {"error": stats.error.decode()}
     return {
@@ -87,6 +89,7 @@ def launch(runtime: ctypes.CDLL, request: dict[str, Any]) -> dict[str, Any]:
         "outputs": [ctypes.string_at(memory.address(i), a["size"]) for i, a in enumerate(arguments) if a["access"]],
         "grid": {name: getattr(stats, name) for name in GRID_COUNTERS},
         "ops": {name: stats.ops[i] for i, name in enumerate(OPS) if stats.ops[i]},
+        "executed": list(counts[: request["blocks"]]),
         "buffers": [{name: getattr(b, name) for name in BUFFER_COUNTERS} for b in buffer_stats],
     }  # fmt: skip
 

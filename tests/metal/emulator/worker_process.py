@@ -8,13 +8,14 @@ import re
 import select
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tests.metal.emulator.compiler import runtime_library
 from tests.metal.emulator.errors import MetalError
+from tests.metal.emulator.instructions import total
 
 __all__ = ["Argument", "BufferCost", "Cost", "run"]
 
@@ -54,7 +55,11 @@ class BufferCost:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a launch did, over its whole grid. ``ops``: SIMD-group functions, counted once per SIMD-group."""
+    """What a launch did, over its whole grid.
+
+    ops: SIMD-group functions, counted once per SIMD-group. instructions: by kind, all threads together, of an emulator
+    that counts them; such a one does not trace ``buffers`` and ``threadgroup_loads``.
+    """
 
     kernel: str
     threads: int
@@ -67,6 +72,7 @@ class Cost:
     threadgroup_stores: int
     ops: dict[str, int]
     buffers: dict[str, BufferCost]
+    instructions: dict[str, int] = field(default_factory=dict)
 
     @property
     def simd_reductions(self) -> int:
@@ -81,8 +87,12 @@ def run(
     grid: Sequence[int],
     threadgroup: Sequence[int],
     flags: int = CHECK_RACES,
+    blocks: Sequence[Mapping[str, int]] = (),
 ) -> tuple[list[bytes], Cost]:
     """Run a grid of threads; the bytes of each writable argument afterwards, in order, and the cost.
+
+    Args:
+        blocks: instructions by kind in each basic block of a library that counts them.
 
     Raises:
         MetalError: what the run time found, or that the kernel crashed or ran for too long.
@@ -90,6 +100,7 @@ def run(
     request = {
         "library": str(library), "arguments": [vars(a) for a in arguments], "grid": tuple(grid),
         "threadgroup": tuple(threadgroup), "flags": flags,
+        "blocks": len(blocks),
     }  # fmt: skip
     reply = _Worker.shared().ask(request)
     if reply["error"]:
@@ -98,9 +109,11 @@ def run(
     costs = {a.name: BufferCost(**counters) for a, counters in zip(arguments, reply["buffers"])}
     for a in arguments:
         unwritten = a.size - costs[a.name].unique_stored_bytes
-        if a.access and a.data is None and unwritten:
+        if a.access and a.data is None and unwritten and not blocks:
             raise MetalError(f"{unwritten} bytes of output '{a.name}' were never written")
-    return reply["outputs"], Cost(kernel=kernel, **reply["grid"], ops=reply["ops"], buffers=costs)
+    return reply["outputs"], Cost(
+        kernel=kernel, **reply["grid"], ops=reply["ops"], buffers=costs, instructions=total(blocks, reply["executed"])
+    )
 
 
 class _Worker:

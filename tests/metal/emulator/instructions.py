@@ -1,0 +1,54 @@
+"""Counts the instructions that a kernel executes, by kind, from its compiled code.
+
+A kernel is compiled to optimized LLVM assembly, and a call that counts is put into each basic block: how often each
+ran, times the instructions in it, is the count. These are the instructions that clang makes for a scalar machine, not
+those of Apple's compiler: good for comparing kernels, and for estimates within some tens of percent.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+__all__ = ["KINDS", "instrument", "total"]
+
+KINDS = {
+    "unpack": r"(?:lshr|shl|and|or)(?: \w+)* i(?:32|16|8) |uitofp ",  # shifts and masks of codes, and their conversion
+    "float": r"(?:fadd|fsub|fmul|fdiv)(?: \w+)* (?:float|half)|call .*@llvm\.(?:fma|fmuladd|maxnum|minnum)\.f32",
+    "widen": r"fpext (?:half|bfloat) |call .*@__extendhfsf2",  # 16-bit floats to 32 bits
+    "exp": r"call .*@(?:expf|llvm\.exp\.f32)",
+}
+_CALL = "  call void @emu_count(i32 {block})\n"
+
+
+def instrument(assembly: str) -> tuple[str, list[dict[str, int]]]:
+    """LLVM assembly with every basic block counted, and the instructions of each kind in each block."""
+    lines: list[str] = []
+    blocks: list[dict[str, int]] = []
+    in_function = at_start = False
+    for line in assembly.splitlines(keepends=True):
+        if line.startswith("define "):
+            in_function, at_start = True, True
+        elif line.startswith("}"):
+            in_function = False
+        elif in_function and re.match(r"[\w.$-]+:", line):
+            at_start = True
+        elif in_function and at_start and line.strip() and not re.match(r"\s+%\S+ = phi ", line):
+            lines.append(_CALL.format(block=len(blocks)))
+            blocks.append(dict.fromkeys(KINDS, 0))
+            at_start = False
+        lines.append(line)
+        if in_function and blocks:
+            for kind, pattern in KINDS.items():
+                blocks[-1][kind] += bool(re.search(rf"(?:= |\s){pattern}", line))
+    return "".join(lines) + "\ndeclare void @emu_count(i32)\n", blocks
+
+
+def total(blocks: Sequence[Mapping[str, int]], executed: Sequence[int]) -> dict[str, int]:
+    """Instructions of each kind, all threads together."""
+    counts: Counter[str] = Counter()
+    for kinds, times in zip(blocks, executed):
+        for kind, number in kinds.items():
+            counts[kind] += number * times
+    return dict(counts)

@@ -1,0 +1,40 @@
+"""Bounds on the counted work of the decode kernels. ``python -m tests.metal.cost_table`` prints all of it."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import pytest
+
+from tests.metal import cost_table
+from tests.metal.emulator import missing_tools
+
+pytestmark = [
+    pytest.mark.skipif(mx.metal.is_available(), reason="a GPU does not count"),
+    pytest.mark.skipif(bool(missing_tools()), reason=missing_tools() or "the emulator runs here"),
+]
+SHAPES = [(bits, group, dim) for bits, dim in ((4, 64), (4, 128), (8, 256), (4, 512)) for group in (1, 4, 16)]
+
+
+@pytest.mark.parametrize(("bits", "group", "dim"), SHAPES)
+def test_packed_bytes_are_read_once_and_lanes_seldom_exchanged(bits: int, group: int, dim: int) -> None:
+    row = cost_table.measure(cost_table.decode_case(bits, group, dim))
+    assert 1 <= row.bytes_ratio <= 1.02
+    assert row.reductions <= (0.25 if group >= 4 else 1)  # MLX's kernels for float keys: 1 for each key and query head
+    assert row.threadgroup_memory <= 16384
+    assert row.unpack <= 3.5  # once for all query heads
+
+
+@pytest.mark.parametrize("heads", [16, 32])
+def test_the_latent_is_read_once(heads: int) -> None:
+    row = cost_table.measure(cost_table.mla_case(4, heads))
+    assert 1 <= row.bytes_ratio <= 1.02
+    assert row.reductions <= 0.25
+
+
+@pytest.mark.parametrize("group", [4, 8])
+def test_less_work_than_mlx_does_for_float_keys(group: int) -> None:
+    ours = cost_table.measure(cost_table.decode_case(4, group, 128))
+    theirs = cost_table.measure_mlx(group, 128)
+    assert theirs.reductions == pytest.approx(1)
+    assert ours.reductions <= theirs.reductions / 4
+    assert ours.lane_operations < theirs.lane_operations
