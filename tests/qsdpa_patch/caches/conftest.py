@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
 from qsdpa_patch.caches import packed_rows
 
 
-@pytest.fixture(autouse=True, scope="session")
-def small_steps() -> object:
+@pytest.fixture(autouse=True, scope="package")
+def small_steps() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(packed_rows, "STEP", 8)
         yield

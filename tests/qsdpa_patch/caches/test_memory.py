@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -30,6 +31,15 @@ MAKERS: dict[str, Any] = {
     "rotating": lambda: QuantizedRotatingKVCache(COUNT + 64, 4),
     "chunked": lambda: QuantizedChunkedKVCache(COUNT),
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def on_the_cpu() -> Iterator[None]:
+    """How far the host may run ahead, and with that what it may write in place, is known there."""
+    device = mx.default_device()
+    mx.set_default_device(mx.Device(mx.cpu))
+    yield
+    mx.set_default_device(device)
 
 
 def filled(cache: Any) -> Any:

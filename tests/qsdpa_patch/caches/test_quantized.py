@@ -12,7 +12,13 @@ from hypothesis import strategies as st
 from mlx_lm.models.cache import KVCache
 from mlx_lm.models.cache import QuantizedKVCache as StockQuantizedKVCache
 
-from qsdpa_patch.caches import QuantizedKVCache, QuantizedLatentCache, packed_rows
+from qsdpa_patch.caches import (
+    QuantizedChunkedKVCache,
+    QuantizedKVCache,
+    QuantizedLatentCache,
+    QuantizedRotatingKVCache,
+    packed_rows,
+)
 from qsdpa_patch.kernels.format import AFFINE_BITS, Format
 from qsdpa_patch.kernels.quantized_tensor import QuantizedTensor, quantize
 from qsdpa_patch.latent_rope import RopeKeys
@@ -99,10 +105,11 @@ def test_from_a_stock_quantized_cache_takes_its_arrays_over(bits: int) -> None:
         for part, expected in zip(ours.parts, theirs):
             assert_same(part, expected)
     more = rows.draw(3)
+    cache.trim(2)
     cache.update_and_fetch(*more)
     for part, expected in zip(stock.keys_and_values()[0], keys):
         assert_same(part, expected)
-    assert_same(cache.update_and_fetch(*more)[0].shape[2], 12)
+    assert_same(cache.update_and_fetch(*more)[0].shape[2], 10)
 
 
 def test_from_a_stock_quantized_cache_of_another_format() -> None:
@@ -117,6 +124,21 @@ def test_from_a_stock_quantized_cache_of_another_format() -> None:
     empty = QuantizedKVCache.from_cache(StockQuantizedKVCache(), "mxfp4")
     assert empty.empty()
     assert empty.key_format == Format.named("mxfp4")
+
+
+@pytest.mark.parametrize("cache", [QuantizedKVCache(), QuantizedRotatingKVCache(8), QuantizedChunkedKVCache(8)])
+def test_what_was_fetched_stays_as_it_was(cache: Any) -> None:
+    """The buffers are written in place, but whoever still holds rows of an earlier step keeps them."""
+    rows = Rows(Kind())
+    cache.update_and_fetch(*rows.draw(7))
+    fetched, _ = cache.update_and_fetch(*rows.draw(1))
+    before = [mx.array(part) for part in fetched.parts]
+    mx.eval(before)
+    cache.trim(1)
+    for _ in range(3):
+        cache.update_and_fetch(*rows.draw(1))
+    for part, expected in zip(fetched.parts, before):
+        assert_same(part, expected)
 
 
 def test_values_without_numbers_are_kept_as_they_are(tmp_path: Path) -> None:

@@ -134,6 +134,8 @@ class Twins:
         assert cache.is_trimmable() == twin.is_trimmable()
         assert_same(cache.offset, twin.offset)
         assert cache.size() == twin.size()
+        for name in ("_idx", "_offset", "rotated", "start_position"):
+            assert getattr(cache, name, None) == getattr(twin, name, None)
         if hasattr(twin, "make_mask"):
             for length in (1, 3):
                 for options in ({}, {"return_array": True}, {"window_size": 5}):
