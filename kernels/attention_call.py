@@ -12,6 +12,7 @@ import mlx.core as mx
 
 from qsdpa_patch.kernels.format import Format
 from qsdpa_patch.kernels.quantized_tensor import QuantizedTensor
+from qsdpa_patch.kernels.rotation import rotate
 
 __all__ = ["AttentionCall", "RopeTerm", "Signature", "check_call"]
 
@@ -60,8 +61,8 @@ class AttentionCall:
     """The arguments of one call, checked.
 
     queries: ``[B, Hq, L, D]``; keys: ``[B, Hkv, N, D]``; values: ``[B, Hkv, N, Dv]``, each with its own format. D and
-        Dv are stored row lengths, multiples of 32: where the keys' rows are padded, so are the queries, with zeros,
-        and the first ``output_dim`` numbers of an output row are the result.
+        Dv are stored row lengths, multiples of 32. The queries are as the keys are stored: rotated where these are,
+        and padded, with zeros. The output is as the values are stored, and :meth:`finish` brings it back.
     scale: multiplies ``queries @ keys^T``.
     mask: ``None``, ``"causal"`` (the last query sees all keys, each earlier one a key fewer), or an array that
         broadcasts to ``[B, Hq, L, N]``: boolean (true: attend) or floating (added to the scores; ``-inf`` excludes).
@@ -86,6 +87,11 @@ class AttentionCall:
     def output_dim(self) -> int:
         """Logical length of an output row; the rest, up to ``signature.value_dim``, is padding."""
         return self.values.dim
+
+    def finish(self, out: mx.array) -> mx.array:
+        """``[B, Hq, L, output_dim]`` from the output ``[B, Hq, L, Dv]`` of a kernel: no padding, no rotation."""
+        out = out if out.shape[-1] == self.output_dim else out[..., : self.output_dim]
+        return rotate(out) if self.values.format.rotated else out
 
     @property
     def key_count(self) -> int:
@@ -119,13 +125,15 @@ def check_call(
         _check_sinks(sinks, query_heads)
     if rope is not None:
         _check_rope(rope, queries, count)
+    if keys.format.rotated:
+        queries = rotate(queries)
     padding = keys.padded_dim - key_dim
     if padding:
         queries = mx.pad(queries, [(0, 0), (0, 0), (0, 0), (0, padding)])
     signature = Signature(
         batch, query_heads, kv_heads, length, key_dim + padding, values.padded_dim, queries.dtype,
-        keys.format, values.format, keys.scales.dtype, values.scales.dtype, mask_kind, sinks is not None,
-        0 if rope is None else rope.queries.shape[-1], values is keys,
+        keys.format.packing, values.format.packing, keys.scales.dtype, values.scales.dtype, mask_kind,
+        sinks is not None, 0 if rope is None else rope.queries.shape[-1], values is keys,
     )  # fmt: skip
     return AttentionCall(queries, keys, values, float(scale), mask, sinks, rope, signature)
 

@@ -75,8 +75,8 @@ def _sdpa(call: AttentionCall, keys: QuantizedTensor, values: QuantizedTensor, b
         mask = mask.astype(sig.dtype)
     return mx.fast.scaled_dot_product_attention(
         queries,
-        keys.dequantize(sig.dtype, padded=True),
-        values.dequantize(sig.dtype, padded=True),
+        keys.dequantize(sig.dtype, stored=True),
+        values.dequantize(sig.dtype, stored=True),
         scale=call.scale,
         mask=mask,
         sinks=None if sinks is None else sinks.astype(sig.dtype),

@@ -2,13 +2,15 @@
 
 A format says how a row of ``dim`` numbers is packed: codes of ``bits`` bits as one little-endian bit stream over
 ``uint32`` words, and one scale (and bias) for each group of ``group_size`` numbers. All but ``symmetric`` are exactly
-those of :func:`mlx.core.quantize`.
+those of :func:`mlx.core.quantize`, possibly of rows that were rotated first.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+
+from qsdpa_patch.kernels.rotation import MIN_BLOCK, block_size
 
 __all__ = ["AFFINE_BITS", "AFFINE_GROUP_SIZES", "FLOAT_FORMATS", "HEAD_DIM_MULTIPLE", "Format"]
 
@@ -29,6 +31,8 @@ class Format:
         bits: bits of a code. Affine: 2, 3, 4, 5, 6 or 8. The other modes fix it.
         group_size: numbers that share a scale. Affine: 32, 64 or 128. The other modes fix it.
         symmetric: affine without stored biases: value = scale * (code - 2 ** (bits - 1)).
+        rotated: rows are rotated before they are packed (:mod:`~qsdpa_patch.kernels.rotation`). Kernels never see it:
+            the queries are rotated to match (:func:`~qsdpa_patch.kernels.attention_call.check_call`).
 
     Raises:
         ValueError: for a combination that MLX does not have.
@@ -38,6 +42,7 @@ class Format:
     bits: int = 4
     group_size: int = 64
     symmetric: bool = False
+    rotated: bool = False
 
     def __post_init__(self) -> None:
         if self.mode == "affine":
@@ -60,21 +65,26 @@ class Format:
             raise ValueError(f"mode={self.mode!r} is unknown: use 'affine', {', '.join(map(repr, FLOAT_FORMATS))}")
 
     @classmethod
-    def affine(cls, bits: int, group_size: int = 64, *, symmetric: bool = False) -> Format:
+    def affine(cls, bits: int, group_size: int = 64, *, symmetric: bool = False, rotated: bool = False) -> Format:
         """The affine format of ``bits`` bits and groups of ``group_size``."""
-        return cls("affine", bits, group_size, symmetric)
+        return cls("affine", bits, group_size, symmetric, rotated)
 
     @classmethod
-    def named(cls, name: str) -> Format:
+    def named(cls, name: str, *, rotated: bool = False) -> Format:
         """The floating-point format called ``name``: ``"mxfp4"``, ``"mxfp8"`` or ``"nvfp4"``."""
         if name not in FLOAT_FORMATS:
             raise ValueError(f"format {name!r} is unknown: use one of {', '.join(map(repr, FLOAT_FORMATS))}")
         bits, group_size = FLOAT_FORMATS[name]
-        return cls(name, bits, group_size)
+        return cls(name, bits, group_size, rotated=rotated)
 
     @property
     def is_affine(self) -> bool:
         return self.mode == "affine"
+
+    @property
+    def packing(self) -> Format:
+        """The format without the rotation: how the rows are packed."""
+        return replace(self, rotated=False) if self.rotated else self
 
     @property
     def has_biases(self) -> bool:
@@ -100,17 +110,22 @@ class Format:
         """The format and the stored row length for rows of ``dim`` numbers.
 
         The row is padded to the next multiple of 32, and an affine group size that does not divide it gives way to
-        the largest that does. Returns ``(format, padded_dim)``; ``(self, dim)`` where nothing has to change.
+        the largest that does. Rows are rotated only where their length is a multiple of 8. Returns
+        ``(format, padded_dim)``; ``(self, dim)`` where nothing has to change.
         """
         if dim < 1:
             raise ValueError(f"dim={dim} is not a row length")
         padded = -(-dim // HEAD_DIM_MULTIPLE) * HEAD_DIM_MULTIPLE
-        if padded % self.group_size == 0:
+        rotated = self.rotated and block_size(dim) >= MIN_BLOCK
+        group_size = self.group_size
+        if padded % group_size:
+            group_size = max(g for g in AFFINE_GROUP_SIZES if g <= group_size and padded % g == 0)
+        if (group_size, rotated) == (self.group_size, self.rotated):
             return self, padded
-        group_size = max(g for g in AFFINE_GROUP_SIZES if g <= self.group_size and padded % g == 0)
-        return Format(self.mode, self.bits, group_size, self.symmetric), padded
+        return replace(self, group_size=group_size, rotated=rotated), padded
 
     def __str__(self) -> str:
+        rotated = " rotated" if self.rotated else ""
         if not self.is_affine:
-            return self.mode
-        return f"{self.bits}-bit g{self.group_size}" + (" symmetric" if self.symmetric else "")
+            return self.mode + rotated
+        return f"{self.bits}-bit g{self.group_size}" + (" symmetric" if self.symmetric else "") + rotated

@@ -13,6 +13,7 @@ from typing import Any
 import mlx.core as mx
 
 from qsdpa_patch.kernels.format import Format
+from qsdpa_patch.kernels.rotation import rotate
 
 __all__ = ["QuantizedTensor", "dequantize_parts", "quantize", "quantize_parts"]
 
@@ -60,8 +61,7 @@ class QuantizedTensor(mx.array):
         padded = codes.shape[-1] * 32 // format.bits
         dim = padded if dim is None else dim
         _check_parts(codes, scales, biases, format, padded, dim)
-        values = dequantize_parts(codes, scales, biases, format, dtype)
-        super().__init__(values if dim == padded else values[..., :dim])
+        super().__init__(_logical(dequantize_parts(codes, scales, biases, format, dtype), format, dim))
         self.codes = codes
         self.scales = scales
         self.biases = biases
@@ -90,10 +90,10 @@ class QuantizedTensor(mx.array):
             codes, scales, biases[0] if biases else None, self.format, dim=self.dim, dtype=self.dtype
         )
 
-    def dequantize(self, dtype: mx.Dtype | None = None, *, padded: bool = False) -> mx.array:
+    def dequantize(self, dtype: mx.Dtype | None = None, *, stored: bool = False) -> mx.array:
         """The values as a plain array ``[..., N, dim]``, computed in ``dtype`` (by default the tensor's own).
 
-        With ``padded``, rows keep their stored length ``padded_dim``.
+        With ``stored``, rows as they are packed: of length ``padded_dim``, and rotated where the format is.
         """
         dtype = self.dtype if dtype is None else dtype
         scales, biases = self.scales, self.biases
@@ -101,10 +101,16 @@ class QuantizedTensor(mx.array):
             scales = scales.astype(dtype)
             biases = None if biases is None else biases.astype(dtype)
         values = dequantize_parts(self.codes, scales, biases, self.format, dtype)
-        return values if padded or self.dim == self.padded_dim else values[..., : self.dim]
+        return values if stored else _logical(values, self.format, self.dim)
 
     def __repr__(self) -> str:
         return f"QuantizedTensor(shape={tuple(self.shape)}, format='{self.format}', dtype={self.dtype})"
+
+
+def _logical(stored: mx.array, format: Format, dim: int) -> mx.array:
+    """The rows that were packed as ``stored``: without padding or rotation."""
+    values = stored if dim == stored.shape[-1] else stored[..., :dim]
+    return rotate(values) if format.rotated else values
 
 
 def _check_parts(
@@ -142,7 +148,7 @@ def dequantize_parts(
     format: Format,
     dtype: mx.Dtype | None = None,
 ) -> mx.array:
-    """The (padded) values of packed rows, as a lazy array. See :class:`QuantizedTensor` for the arguments."""
+    """The values of packed rows as they are stored, as a lazy array. See :class:`QuantizedTensor` for the arguments."""
     if format.symmetric:
         biases = scales * -(2 ** (format.bits - 1))
     if codes.size == 0:  # which mx.dequantize does not take
@@ -157,9 +163,12 @@ def quantize_parts(x: mx.array, format: Format) -> tuple[mx.array, ...]:
     """Codes, scales and, where ``format`` has them, biases of ``x``.
 
     ``x`` is ``[..., N, dim]``. Rows that ``format`` does not divide must have been fitted (:meth:`Format.fit`): here a
-    row is only padded, to the next multiple of 32, with its last value, so that the range of its last group stays.
+    row is only rotated, where the format says so, and padded to the next multiple of 32, with its last value, so that
+    the range of its last group stays.
     """
     dim = x.shape[-1]
+    if format.rotated:
+        x = rotate(x)
     padded = format.fit(dim)[1]
     if padded != dim:
         x = mx.concatenate([x, mx.broadcast_to(x[..., -1:], (*x.shape[:-1], padded - dim))], axis=-1)

@@ -23,8 +23,8 @@ def attend(call: AttentionCall) -> mx.array:
     groups = sig.query_heads // sig.kv_heads
     grouped = (sig.batch, sig.kv_heads, groups * sig.query_length)
     queries = (call.queries.astype(dtype) * call.scale).reshape(*grouped, sig.key_dim)
-    keys = call.keys.dequantize(dtype, padded=True)
-    values = keys if sig.shared_kv else call.values.dequantize(dtype, padded=True)
+    keys = call.keys.dequantize(dtype, stored=True)
+    values = keys if sig.shared_kv else call.values.dequantize(dtype, stored=True)
     full = (sig.batch, sig.query_heads, sig.query_length, call.key_count)
     scores = (queries @ keys.swapaxes(-1, -2)).astype(mx.float32).reshape(full)
     if call.rope is not None:

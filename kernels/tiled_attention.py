@@ -109,12 +109,12 @@ def _attend_rows(
     for first in range(0, visible, tiles.keys):
         last = min(first + tiles.keys, visible)
         key_tensor = slice_rows(keys, first, last)
-        key_values = key_tensor.dequantize(mx.float32, padded=True)[0]
+        key_values = key_tensor.dequantize(mx.float32, stored=True)[0]
         scores = queries @ key_values.swapaxes(-1, -2)
         scores = _add_terms(call, block, scores.reshape(heads * group, rows, last - first), start, stop, first, last)
         scores = scores.reshape(heads, group * rows, last - first)
         value_values = (
-            key_values if sig.shared_kv else slice_rows(values, first, last).dequantize(mx.float32, padded=True)[0]
+            key_values if sig.shared_kv else slice_rows(values, first, last).dequantize(mx.float32, stored=True)[0]
         )
         new_peak = mx.maximum(peak, scores.max(axis=-1, keepdims=True))
         shift = mx.where(new_peak == -mx.inf, 0, new_peak)

@@ -38,6 +38,7 @@ def enable(
     kernels: str = "auto",
     strict: bool = False,
     models: Iterable[str] | None = None,
+    rotate: bool | str = False,
 ) -> None:
     """Patch mlx-lm, whether it is imported already or later. A second call updates the options.
 
@@ -49,9 +50,11 @@ def enable(
         strict: a call that no fused kernel takes raises :class:`FallbackError`, with the reason. Long prompts, which
             take the route ``prefill``, are not affected.
         models: cover only these mlx-lm model types, ``["llama", "qwen3"]`` say. By default all.
+        rotate: keys and values are rotated by a Hadamard transform before they are quantized, which keeps text closer
+            to the unquantized at 4 bits and below, for some time at each token. ``"keys"`` or ``"values"``: only these.
 
     An option left at its default takes its environment variable where that is set: ``QSDPA_KEY_BITS``,
-    ``QSDPA_VALUE_BITS``, ``QSDPA_KERNELS``, ``QSDPA_STRICT``.
+    ``QSDPA_VALUE_BITS``, ``QSDPA_KERNELS``, ``QSDPA_STRICT``, ``QSDPA_ROTATE``.
 
     Raises:
         ValueError, TypeError: for an option that is not taken. Nothing is patched then, or changed.
@@ -60,7 +63,9 @@ def enable(
         QSDPAWarning: when mlx or mlx-lm are not of a tested version; only what still fits is patched then.
     """
     global _enabled
-    settings = resolve_settings(key_bits=key_bits, value_bits=value_bits, kernels=kernels, strict=strict, models=models)
+    settings = resolve_settings(
+        key_bits=key_bits, value_bits=value_bits, kernels=kernels, strict=strict, models=models, rotate=rotate
+    )
     configure_from_environment()
     with _lock:
         router.update(settings)
@@ -95,11 +100,12 @@ def enabled(
     kernels: str = "auto",
     strict: bool = False,
     models: Iterable[str] | None = None,
+    rotate: bool | str = False,
 ) -> Iterator[None]:
     """:func:`enable` for a ``with`` block. What was in force before comes back afterwards."""
     with _lock:
         before, was_enabled = router.settings, _enabled
-    enable(key_bits=key_bits, value_bits=value_bits, kernels=kernels, strict=strict, models=models)
+    enable(key_bits=key_bits, value_bits=value_bits, kernels=kernels, strict=strict, models=models, rotate=rotate)
     try:
         yield
     finally:

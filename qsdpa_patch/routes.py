@@ -52,10 +52,10 @@ class Router:
             out, reason = self._try_fused(call)
             if out is not None:
                 _record(caller, "fused", "", call)
-                return _cut(call, out)
+                return call.finish(out)
         route, attend = self._fallback(call, reason)
         _record(caller, route, reason, call)
-        return _cut(call, attend(call, self.settings.memory_budget))
+        return call.finish(attend(call, self.settings.memory_budget))
 
     def has_fused_kernel(self, signature: Signature) -> tuple[bool, str]:
         """Whether the chosen backend takes calls of ``signature``, and if not, why."""
@@ -108,11 +108,6 @@ def _ask_backend(name: str, signature: Signature) -> tuple[bool, str]:
         return False, f"the {name} kernels cannot be used: {error}"
 
 
-def _cut(call: AttentionCall, out: mx.array) -> mx.array:
-    """Without the padding of the values' rows."""
-    return out if out.shape[-1] == call.output_dim else out[..., : call.output_dim]
-
-
 def _record(caller: Caller, route: str, reason: str, call: AttentionCall) -> None:
     new = recorder.is_new(caller.model_type, caller.layer_kind, route, reason)
     recorder.record(caller.model_type, caller.layer_kind, route, reason, _describe(call) if new else "")
@@ -120,7 +115,8 @@ def _record(caller: Caller, route: str, reason: str, call: AttentionCall) -> Non
 
 def _describe(call: AttentionCall) -> str:
     sig = call.signature
-    formats = str(sig.key_format) if sig.key_format == sig.value_format else f"{sig.key_format}/{sig.value_format}"
+    key_format, value_format = call.keys.format, call.values.format
+    formats = str(key_format) if key_format == value_format else f"{key_format}/{value_format}"
     mask = "" if sig.mask == "none" else f" mask {sig.mask}"
     return (
         f"q [{sig.batch}, {sig.query_heads}, {sig.query_length}, {sig.key_dim}] "

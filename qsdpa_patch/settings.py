@@ -13,10 +13,19 @@ from pathlib import Path
 from qsdpa_patch.kernels.backends import CHOICES
 from qsdpa_patch.kernels.format import AFFINE_BITS, FLOAT_FORMATS, Format
 
-__all__ = ["DEFAULT_SETTINGS", "LOG_LEVELS", "Settings", "installed_model_types", "is_truthy", "resolve_settings"]
+__all__ = [
+    "DEFAULT_SETTINGS",
+    "LOG_LEVELS",
+    "ROTATIONS",
+    "Settings",
+    "installed_model_types",
+    "is_truthy",
+    "resolve_settings",
+]
 
 _TRUE = ("1", "true", "yes", "on")
 _FALSE = ("", "0", "false", "no", "off")
+ROTATIONS = (False, True, "keys", "values")
 LOG_LEVELS = ("off", "error", "warning", "info", "debug")
 
 
@@ -30,6 +39,7 @@ class Settings:
     strict: bool = False
     models: frozenset[str] | None = None
     memory_budget: int = 256 << 20
+    rotate: bool | str = False
 
     def covers(self, model_type: str) -> bool:
         """Whether calls and caches of ``model_type`` are ours."""
@@ -38,7 +48,8 @@ class Settings:
     def formats(self, bits: int, group_size: int) -> tuple[Format, Format]:
         """The formats of keys and values where mlx-lm asks for ``bits`` and ``group_size``."""
         key, value = (bits if own is None else own for own in (self.key_bits, self.value_bits))
-        return _format(key, group_size), _format(value, group_size)
+        rotated_keys, rotated_values = self.rotate in (True, "keys"), self.rotate in (True, "values")
+        return _format(key, group_size, rotated_keys), _format(value, group_size, rotated_values)
 
 
 DEFAULT_SETTINGS = Settings()
@@ -51,6 +62,7 @@ def resolve_settings(
     kernels: str = "auto",
     strict: bool = False,
     models: Iterable[str] | None = None,
+    rotate: bool | str = False,
     environment: Mapping[str, str] | None = None,
 ) -> Settings:
     """Check the options of ``enable``; one left at its default takes its environment variable, where that is set.
@@ -70,6 +82,8 @@ def resolve_settings(
     if not strict and "QSDPA_STRICT" in env:
         strict = is_truthy("QSDPA_STRICT", env["QSDPA_STRICT"])
     _checked_kernels("kernels", kernels)
+    if rotate is False:
+        rotate = _rotation_from_environment(env, "QSDPA_ROTATE")
     if strict and kernels == "ops":
         raise ValueError("strict=True refuses every call that kernels='ops' asks for: choose one of them")
     return Settings(
@@ -78,6 +92,7 @@ def resolve_settings(
         kernels=kernels,
         strict=strict,
         models=None if models is None else _checked_models(models),
+        rotate=_checked_rotation("rotate", rotate),
     )
 
 
@@ -122,6 +137,21 @@ def _bits_from_environment(env: Mapping[str, str], name: str) -> int | str | Non
     return _checked_bits(name, int(text) if text.isdigit() else text)
 
 
+def _checked_rotation(name: str, rotate: bool | str) -> bool | str:
+    if isinstance(rotate, (bool, str)) and rotate in ROTATIONS:
+        return rotate
+    raise ValueError(f"{name}={rotate!r} is unknown: use one of {', '.join(map(repr, ROTATIONS))}")
+
+
+def _rotation_from_environment(env: Mapping[str, str], name: str) -> bool | str:
+    text = env.get(name, "").strip().lower()
+    if text in (*_TRUE, *_FALSE):
+        return text in _TRUE
+    if text in ROTATIONS:
+        return text
+    raise ValueError(f"{name}={env[name]!r} is unknown: use 1, 0, keys or values")
+
+
 def _checked_kernels(name: str, kernels: str) -> str:
     if kernels not in CHOICES:
         raise ValueError(f"{name}={kernels!r} is unknown: use one of {', '.join(map(repr, CHOICES))}")
@@ -148,5 +178,7 @@ def _registered_model_types() -> frozenset[str]:
     return registered_model_types()
 
 
-def _format(bits: int | str, group_size: int) -> Format:
-    return Format.named(bits) if isinstance(bits, str) else Format.affine(bits, group_size)
+def _format(bits: int | str, group_size: int, rotated: bool) -> Format:
+    if isinstance(bits, str):
+        return Format.named(bits, rotated=rotated)
+    return Format.affine(bits, group_size, rotated=rotated)

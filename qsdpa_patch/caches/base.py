@@ -11,7 +11,9 @@ from qsdpa_patch.caches.codec import Codec, as_format, fit_codec
 from qsdpa_patch.caches.header import Header, read_header, write_header
 from qsdpa_patch.caches.packed_rows import Rows
 from qsdpa_patch.kernels.format import Format
+from qsdpa_patch.kernels.rotation import MIN_BLOCK
 from qsdpa_patch.layer_tags import set_tag, tag_of
+from qsdpa_patch.report import recorder
 
 __all__ = ["DEFAULT_FORMAT", "SAVED_CLASSES", "QuantizedCache", "saved"]
 
@@ -123,10 +125,21 @@ class QuantizedCache(_BaseCache):  # type: ignore[misc] # mlx-lm has no annotati
             key_codec = fit_codec(self.key_format, keys.shape[-1], keys.dtype)
             value_codec = fit_codec(self.value_format, values.shape[-1], values.dtype)
             encoded = key_codec.encode(keys), value_codec.encode(values)
+            self._note_unrotated(key_codec, value_codec)
             self._set_codecs(key_codec, value_codec)
             return encoded
         key_codec, value_codec = self._codecs
         return key_codec.encode(keys), value_codec.encode(values)
+
+    def _note_unrotated(self, *codecs: Codec) -> None:
+        """Tell the report where rows cannot be rotated although their format says so."""
+        tag = tag_of(self)
+        for name, asked, codec in zip(("keys", "values"), (self.key_format, self.value_format), codecs):
+            wanted, got = (format is not None and format.rotated for format in (asked, codec.format))
+            if tag is not None and codec.dim and wanted and not got:
+                recorder.note(
+                    tag.model_type, tag.kind, f"{name} not rotated: {codec.dim} is no multiple of {MIN_BLOCK}"
+                )
 
     def _set_codecs(self, keys: Codec, values: Codec) -> None:
         self._codecs = keys, values

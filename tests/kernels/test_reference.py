@@ -15,7 +15,7 @@ from tests import attention_cases as cases
 
 def attention_in_numpy(call: AttentionCall) -> np.ndarray[Any, Any]:
     """One query row at a time, in float64."""
-    keys, values = (x.dequantize(mx.float32, padded=True) for x in (call.keys, call.values))
+    keys, values = (x.dequantize(mx.float32, stored=True) for x in (call.keys, call.values))
     q, k, v = (np.array(x.astype(mx.float32), np.float64) for x in (call.queries, keys, values))
     batch, heads, length, _ = q.shape
     count, group = k.shape[2], heads // k.shape[1]

@@ -26,6 +26,8 @@ def test_defaults() -> None:
         ({"models": ["lama"]}, "'lama' is no model type of the installed mlx-lm: did you mean .*'llama'"),
         ({"models": []}, "would cover nothing"),
         ({"strict": True, "kernels": "ops"}, "strict=True refuses every call"),
+        ({"rotate": "queries"}, "rotate='queries' is unknown: use one of False, True, 'keys', 'values'"),
+        ({"rotate": 1}, "rotate=1 is unknown"),
     ],
 )
 def test_bad_options(options: dict[str, Any], message: str) -> None:
@@ -48,6 +50,9 @@ def test_bad_types() -> None:
         ("QSDPA_KERNELS", "CPU", "kernels", "cpu"),
         ("QSDPA_STRICT", "on", "strict", True),
         ("QSDPA_STRICT", "0", "strict", False),
+        ("QSDPA_ROTATE", "1", "rotate", True),
+        ("QSDPA_ROTATE", "off", "rotate", False),
+        ("QSDPA_ROTATE", "Keys", "rotate", "keys"),
     ],
 )
 def test_environment(variable: str, text: str, option: str, value: object) -> None:
@@ -56,7 +61,13 @@ def test_environment(variable: str, text: str, option: str, value: object) -> No
 
 @pytest.mark.parametrize(
     ("variable", "text"),
-    [("QSDPA_KEY_BITS", "7"), ("QSDPA_VALUE_BITS", "four"), ("QSDPA_KERNELS", "x"), ("QSDPA_STRICT", "maybe")],
+    [
+        ("QSDPA_KEY_BITS", "7"),
+        ("QSDPA_VALUE_BITS", "four"),
+        ("QSDPA_KERNELS", "x"),
+        ("QSDPA_STRICT", "maybe"),
+        ("QSDPA_ROTATE", "both"),
+    ],
 )
 def test_a_bad_environment_value_is_named(variable: str, text: str) -> None:
     with pytest.raises(ValueError, match=f"{variable}='?{text}'?"):
@@ -72,6 +83,16 @@ def test_formats_follow_mlx_lm_unless_told_otherwise() -> None:
     assert Settings().formats(4, 32) == (Format.affine(4, 32), Format.affine(4, 32))
     assert Settings(key_bits=8).formats(4, 64) == (Format.affine(8, 64), Format.affine(4, 64))
     assert Settings(value_bits="nvfp4").formats(4, 64) == (Format.affine(4, 64), Format.named("nvfp4"))
+
+
+@pytest.mark.parametrize(
+    ("rotate", "rotated"),
+    [(False, (False, False)), (True, (True, True)), ("keys", (True, False)), ("values", (False, True))],
+)
+def test_rotation_is_chosen_by_side(rotate: bool | str, rotated: tuple[bool, bool]) -> None:
+    formats = Settings(value_bits="mxfp4", rotate=rotate).formats(4, 64)
+    assert tuple(format.rotated for format in formats) == rotated
+    assert tuple(format.packing for format in formats) == (Format.affine(4, 64), Format.named("mxfp4"))
 
 
 def test_mlx_lms_bits_are_checked() -> None:
