@@ -1,0 +1,300 @@
+"""Time the CUDA kernels beside what MLX has: ``python -m qsdpa_patch.kernels.cuda.benchmark [NAME ...]``.
+
+Calls run one after another, each on the output of the last, over buffers that together exceed the L2 cache. The time of
+a call is the slope between few and many calls, the median of several. Bytes are the packed codes,
+scales and biases of K and V (and the rope keys), each once; the percentage is of the copy bandwidth, the larger of the
+one read in the same run and 4.3 TB/s.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import cast
+
+import mlx.core as mx
+
+from qsdpa_patch.kernels import reference
+from qsdpa_patch.kernels.attention_call import AttentionCall, RopeTerm, check_call
+from qsdpa_patch.kernels.cuda import backend
+from qsdpa_patch.kernels.cuda.tickets import start as start_evaluation
+from qsdpa_patch.kernels.format import Format
+from qsdpa_patch.kernels.quantized_tensor import QuantizedTensor, quantize_parts
+
+__all__ = ["SHAPES", "Shape", "copy_bandwidth", "main", "time_calls"]
+
+_CACHE_BYTES = 80e6
+_NOMINAL_BANDWIDTH = 4.3e12
+_AHEAD = 8
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A decode step to time. ``rope`` > 0: absorbed MLA, one latent for keys and values."""
+
+    batch: int = 1
+    query_heads: int = 32
+    kv_heads: int = 8
+    length: int = 1
+    dim: int = 128
+    count: int = 131072
+    keys: Format = Format()  # noqa: RUF009 - frozen
+    values: Format | None = None
+    dtype: mx.Dtype = mx.float16
+    rope: int = 0
+
+    def __str__(self) -> str:
+        values = self.values or self.keys
+        formats = f"{self.keys}" if values == self.keys else f"K {self.keys}, V {values}"
+        length = f" L{self.length}" if self.length > 1 else ""
+        dtype = str(self.dtype).rpartition(".")[2]
+        return (
+            f"B{self.batch} Hq{self.query_heads} Hkv{self.kv_heads}{length} D{self.dim} N{self.count} {formats} {dtype}"
+        )
+
+
+def _affine(bits: int, group: int = 64) -> Format:
+    return Format.affine(bits, group)
+
+
+_LONG = Shape()
+_WIDE = Shape(batch=4, count=65536)
+SHAPES = {
+    "4bit": _LONG,
+    "4bit-bf16": replace(_LONG, dtype=mx.bfloat16),
+    "8bit": replace(_LONG, keys=_affine(8)),
+    "8bit-bf16": replace(_LONG, keys=_affine(8), dtype=mx.bfloat16),
+    "b8-32k": replace(_LONG, batch=8, count=32768),
+    "b8-128k": replace(_LONG, batch=8),
+    "mha": replace(_LONG, kv_heads=32),
+    "gqa16-d256": replace(_LONG, kv_heads=2, dim=256),
+    "d64": replace(_WIDE, dim=64),
+    "d256": replace(_WIDE, dim=256),
+    "d512": replace(_WIDE, dim=512),
+    **{f"{bits}bit-b4": replace(_WIDE, keys=_affine(bits)) for bits in (2, 3, 5, 6)},
+    "g32": replace(_WIDE, keys=_affine(4, 32)),
+    "g128": replace(_WIDE, keys=_affine(4, 128)),
+    **{name: replace(_WIDE, keys=Format.named(name)) for name in ("mxfp4", "mxfp8", "nvfp4")},
+    "k8v4": replace(_WIDE, keys=_affine(8), values=_affine(4)),
+    "mla-b1": Shape(query_heads=128, kv_heads=1, dim=512, count=65536, rope=64),
+    "mla-b8": Shape(batch=8, query_heads=128, kv_heads=1, dim=512, count=65536, rope=64),
+    **{f"n{n}": replace(_LONG, count=n) for n in (1024, 4096, 8192, 32768)},
+    "L4": replace(_LONG, length=4),
+    "L8": replace(_LONG, length=8),
+}
+
+
+def time_calls(step: Callable[[mx.array, int], mx.array], start: mx.array, few: int, many: int, repeats: int) -> float:
+    """Seconds a call of ``step(previous output, index)``: the slope between ``few`` and ``many`` chained calls.
+
+    As in generation, the host goes ahead while the device works.
+    """
+
+    def run(calls: int) -> float:
+        x = start
+        begin = time.perf_counter()
+        for i in range(calls):
+            x = step(x, i)
+            if i % _AHEAD == _AHEAD - 1:
+                start_evaluation(x)
+        mx.eval(x)
+        return time.perf_counter() - begin
+
+    run(few)
+    return statistics.median((run(many) - run(few)) / (many - few) for _ in range(repeats))
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second, read and written, of a large copy."""
+    x = mx.ones((1 << 30,), dtype=mx.uint32)
+    mx.eval(x)
+
+    def copy(_: mx.array, i: int) -> mx.array:
+        return x + mx.array(i, dtype=mx.uint32)
+
+    def run(calls: int) -> float:
+        begin = time.perf_counter()
+        for i in range(calls):
+            mx.eval(copy(x, i))
+        return time.perf_counter() - begin
+
+    run(2)
+    return 2 * x.nbytes / statistics.median((run(12) - run(2)) / 10 for _ in range(3))
+
+
+def _tensor(shape: tuple[int, ...], format: Format, dtype: mx.Dtype) -> QuantizedTensor:
+    parts = quantize_parts(mx.random.normal(shape).astype(dtype), format)
+    mx.eval(parts)
+    codes, scales, *biases = parts
+    return QuantizedTensor(codes, scales, biases[0] if biases else None, format, dtype=dtype)
+
+
+def _product(x: mx.array, tensor: QuantizedTensor, *, transpose: bool) -> mx.array:
+    """``x`` ``[B, Hkv, G, L, ...]`` times ``tensor`` (transposed) as stock multiplies them."""
+    codes, scales, *biases = (mx.expand_dims(part, axis=2) for part in tensor.parts)
+    f = tensor.format
+    return mx.quantized_matmul(
+        x, codes, scales, biases[0] if biases else None, transpose, group_size=f.group_size, bits=f.bits, mode=f.mode
+    )
+
+
+class Problem:
+    """Operands of a shape: enough copies of keys and values to exceed the cache."""
+
+    def __init__(self, shape: Shape) -> None:
+        self.shape = shape
+        row = (shape.batch, shape.kv_heads, shape.count, shape.dim)
+        self.scale = shape.dim**-0.5
+        self.queries = mx.random.normal((shape.batch, shape.query_heads, shape.length, shape.dim)).astype(shape.dtype)
+        self.mask = "causal" if shape.length > 1 else None
+        self.pairs: list[tuple[QuantizedTensor, QuantizedTensor]] = []
+        self.ropes: list[RopeTerm | None] = []
+        while not self.pairs or len(self.pairs) * self.packed_bytes < max(_CACHE_BYTES, 1.5 * self.packed_bytes):
+            keys = _tensor(row, shape.keys, shape.dtype)
+            values = keys if shape.rope else _tensor(row, shape.values or shape.keys, shape.dtype)
+            self.pairs.append((keys, values))
+            self.ropes.append(self._rope() if shape.rope else None)
+        mx.eval(self.queries)
+
+    def _rope(self) -> RopeTerm:
+        s = self.shape
+        queries = 0.1 * mx.random.normal((s.batch, s.query_heads, s.length, s.rope)).astype(s.dtype)
+        keys = mx.random.normal((s.batch, 1, s.count, s.rope)).astype(s.dtype)
+        mx.eval(queries, keys)
+        return RopeTerm(queries, keys)
+
+    @property
+    def packed_bytes(self) -> int:
+        keys, values = self.pairs[0]
+        rope = self.ropes[0]
+        return keys.packed_nbytes + (0 if values is keys else values.packed_nbytes) + (rope.keys.nbytes if rope else 0)
+
+    def call(self, queries: mx.array, i: int) -> AttentionCall:
+        keys, values = self.pairs[i % len(self.pairs)]
+        rope = self.ropes[i % len(self.pairs)]
+        return check_call(queries, keys, values, scale=self.scale, mask=self.mask, rope=rope)
+
+    def fused(self) -> float:
+        return self._time(lambda q, i: backend.attend(self.call(q, i)))
+
+    def error(self) -> float:
+        """Of the kernel, against the reference, over the largest magnitude."""
+        call = self.call(self.queries, 0)
+        wanted = reference.attend(replace(call, signature=call.signature._replace(dtype=mx.float32)))
+        difference = mx.abs(backend.attend(call).astype(mx.float32) - wanted).max()
+        return cast(float, (difference / mx.abs(wanted).max()).item())
+
+    def stock(self) -> float:
+        """mlx-lm's quantized attention: two quantized products with a softmax between."""
+        s = self.shape
+        groups = s.query_heads // s.kv_heads
+
+        def step(queries: mx.array, i: int) -> mx.array:
+            keys, values = self.pairs[i % len(self.pairs)]
+            q = (queries * self.scale).reshape(s.batch, s.kv_heads, groups, s.length, s.dim)
+            scores = _product(q, keys, transpose=True)
+            if self.mask:
+                causal = reference.causal_mask(s.length, s.count)
+                scores = mx.where(causal, scores, mx.finfo(scores.dtype).min)
+            weights = mx.softmax(scores, axis=-1, precise=True)
+            return _product(weights, values, transpose=False).reshape(queries.shape)
+
+        return self._time(step)
+
+    def dequantized(self) -> float:
+        """Dequantize all, then MLX's own attention."""
+
+        def step(queries: mx.array, i: int) -> mx.array:
+            keys, values = (x.dequantize(self.shape.dtype) for x in self.pairs[i % len(self.pairs)])
+            return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=self.scale, mask=self.mask)
+
+        return self._time(step)
+
+    def unquantized(self) -> float:
+        """MLX's own attention over keys and values that were never quantized, as slices of a cache's buffers."""
+        s = self.shape
+        capacity = s.count + 256
+        copies = []
+        per_copy = 2 * s.batch * s.kv_heads * capacity * s.dim * s.dtype.size
+        for _ in range(max(1, int(_CACHE_BYTES // per_copy) + 1)):
+            pair = [mx.random.normal((s.batch, s.kv_heads, capacity, s.dim)).astype(s.dtype) for _ in range(2)]
+            mx.eval(pair)
+            views = [x[:, :, : s.count] for x in pair]
+            mx.eval(views)
+            copies.append(views)
+
+        def step(queries: mx.array, i: int) -> mx.array:
+            keys, values = copies[i % len(copies)]
+            return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=self.scale, mask=self.mask)
+
+        return self._time(step)
+
+    def _time(self, step: Callable[[mx.array, int], mx.array]) -> float:
+        rough = time_calls(step, self.queries, 2, 8, 1)
+        many = 240 if rough < 200e-6 else 80 if rough < 5e-4 else 16
+        return time_calls(step, self.queries, many // 4, many, 5 if rough < 5e-4 else 3)
+
+
+def _measure(shape: Shape, peers: bool) -> dict[str, float | str]:
+    problem = Problem(shape)
+    row: dict[str, float | str] = {"shape": str(shape), "megabytes": problem.packed_bytes / 1e6}
+    ok, reason = backend.has_fused_kernel(problem.call(problem.queries, 0).signature)
+    if not ok:
+        return {**row, "reason": reason}
+    row["error"] = problem.error()
+    row["fused"] = problem.fused() * 1e6
+    if peers:
+        for name in ("stock", "dequantized", "unquantized"):
+            if shape.rope:
+                continue
+            try:
+                row[name] = getattr(problem, name)() * 1e6
+            except (RuntimeError, ValueError) as error:
+                row[name] = f"failed: {str(error).splitlines()[0][:60]}"
+    return row
+
+
+def main() -> None:
+    """Measure the named shapes, or all, and print a table."""
+    parser = argparse.ArgumentParser(description="Time the CUDA kernels beside what MLX has.")
+    parser.add_argument("names", nargs="*", help=f"of {', '.join(SHAPES)}; all by default")
+    parser.add_argument("--no-peers", action="store_true", help="only the kernels")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    options = parser.parse_args()
+    bandwidth = copy_bandwidth()
+    ceiling = max(bandwidth, _NOMINAL_BANDWIDTH)
+    print(f"mlx {version('mlx')}; copy bandwidth {bandwidth / 1e12:.2f} TB/s; times in microseconds")
+    print("| shape | MB | error | fused | of copy | stock | dequantize + SDPA | unquantized SDPA |")
+    print("|---|---|---|---|---|---|---|---|")
+    rows = []
+    for name in options.names or SHAPES:
+        row = _measure(SHAPES[name], not options.no_peers)
+        rows.append({"name": name, **row})
+        if "reason" in row:
+            print(f"| {row['shape']} | {row['megabytes']:.0f} | {row['reason']} |")
+            continue
+        share = float(row["megabytes"]) * 1e6 / (float(row["fused"]) * 1e-6) / ceiling
+        peers = [_against(row, peer) for peer in ("stock", "dequantized", "unquantized")]
+        print(
+            f"| {row['shape']} | {row['megabytes']:.0f} | {row['error']:.1e} | {row['fused']:.1f} | {share:.0%} | "
+            f"{' | '.join(peers)} |",
+            flush=True,
+        )
+        mx.clear_cache()
+    if options.json:
+        options.json.write_text(json.dumps({"bandwidth": bandwidth, "rows": rows}, indent=1))
+
+
+def _against(row: dict[str, float | str], peer: str) -> str:
+    time = row.get(peer, "-")
+    return time if isinstance(time, str) else f"{time:.1f} ({time / float(row['fused']):.1f}x)"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,213 @@
+// How the codes of each storage format become pairs of halves, exactly: affine codes as integers, floating-point codes
+// as their value times a power of two (CODE_FACTOR undoes it, in float32). Scales stay out of the products.
+//
+// Unpacking puts a field of a code word into the mantissa of 1024.0 (0x6400) with one AND-OR; a fused multiply-add then
+// takes the 1024 off and the position of the field within the mantissa out.
+//
+// Two arrangements of a block of 32 dimensions:
+//   keys   (rows of an A operand are keys): lane t of a quad holds 8 dimensions of key r, as 4 pairs; key_dim() says
+//          which. The contraction may run in any order as long as the queries follow it.
+//   values (rows of an A operand are dimensions): lane (r, t) holds 4 dimensions of the keys 2t and 2t+1, the two keys
+//          in the two halves of a register.
+#pragma once
+#include "ptx.cuh"
+
+namespace qsdpa {
+
+enum Mode { AFFINE = 0, SYMMETRIC = 1, MXFP4 = 2, MXFP8 = 3, NVFP4 = 4 };
+
+// Bits of the half that equals `v`, an integer of 1 to 2048.
+__device__ constexpr u32 half_bits(int v) {
+  int e = 0;
+  while ((v >> e) > 1) ++e;
+  return static_cast<u32>((15 + e) << 10) | static_cast<u32>(((v - (1 << e)) << 10) >> e);
+}
+
+template <int BITS_, int GROUP_, int MODE_, typename Scale_>
+struct Format {
+  using Scale = Scale_;
+  static constexpr int BITS = BITS_;
+  static constexpr int GROUP = GROUP_;
+  static constexpr int MODE = MODE_;
+  static constexpr bool HAS_BIAS = MODE == AFFINE;
+  // nvfp4's groups of 16 are narrower than a block, so its scales go into the unpacked halves (exactly).
+  static constexpr bool SCALED_CODES = MODE == NVFP4;
+  static constexpr float CODE_FACTOR = MODE == MXFP4 ? 16384.0f : MODE == MXFP8 || MODE == NVFP4 ? 256.0f : 1.0f;
+  static constexpr int CENTER = MODE == SYMMETRIC ? 1 << (BITS - 1) : 0;
+  __device__ static constexpr int groups(int dim) { return dim / GROUP; }
+  __device__ static constexpr int row_bytes(int dim) { return dim * BITS / 8; }
+};
+
+// Field at bit S0 of the low half and at bit S1 of the high half, as a pair of exact integers less CENTER.
+template <typename F, int S0, int S1>
+__device__ __forceinline__ u32 take_fields(u32 w) {
+  static_assert(S0 + F::BITS <= 10 && S1 + F::BITS <= 10, "a field must lie within the mantissa");
+  constexpr u32 field = (1u << F::BITS) - 1;
+  constexpr u32 mask = (field << S0) | (field << (16 + S1));
+  constexpr u32 step = ((15u - S0) << 10) | ((15u - S1) << 26);
+  constexpr u32 base = 0x80008000u | half_bits((1024 >> S0) + F::CENTER) | (half_bits((1024 >> S1) + F::CENTER) << 16);
+  return fma_half2(and_or(w, mask, 0x64006400u), step, base);
+}
+
+// The top byte of each half (sign, 4 exponent bits, 3 of mantissa) as a half, times 2^-8.
+__device__ __forceinline__ u32 e4m3_halves(u32 w) { return and_or(w >> 1, 0x3f803f80u, w & 0x80008000u); }
+
+// Nibble P of each half (sign, 2 exponent bits, 1 of mantissa) as a half, times 2^-14.
+template <int P>
+__device__ __forceinline__ u32 e2m1_halves(u32 w) {
+  u32 sign = P == 3 ? w : w << (12 - 4 * P);
+  u32 rest = P == 3 ? w >> 3 : w << (9 - 4 * P);
+  return and_or(rest, 0x0e000e00u, sign & 0x80008000u);
+}
+
+// Nibble P (0 to 3) of each half.
+template <typename F, int P>
+__device__ __forceinline__ u32 take_nibbles(u32 w) {
+  if constexpr (F::MODE == MXFP4 || F::MODE == NVFP4) {
+    u32 x = e2m1_halves<P>(w);
+    return F::MODE == NVFP4 ? mul_half2(x, 0x74007400u) : x;
+  } else if constexpr (P < 2) {
+    return take_fields<F, 4 * P, 4 * P>(w);
+  } else {
+    return take_fields<F, 4 * P - 8, 4 * P - 8>(w >> 8);
+  }
+}
+
+// Bytes I and J of w.
+template <typename F, int I, int J>
+__device__ __forceinline__ u32 take_bytes(u32 w) {
+  if constexpr (F::MODE == MXFP8) {
+    return e4m3_halves(__byte_perm(w, 0, I << 4 | J << 12 | 0x0404));
+  } else {
+    return fma_half2(__byte_perm(w, 0x64646464u, I | J << 8 | 0x4040), 0x3c003c00u,
+                     0x80008000u | half_bits(1024 + F::CENTER) * 0x10001u);
+  }
+}
+
+// The dimension, within a block of 32, of half `half` of pair `p` in lane t. See the top of this file.
+template <typename F>
+__device__ constexpr int key_dim(int t, int p, int half) {
+  if (F::BITS == 8) return (p / 2) * 16 + 4 * t + (p % 2) * 2 + half;
+  if (F::BITS == 6) return 8 * t + (p / 2) * 4 + p % 2 + 2 * half;
+  return 8 * t + p + 4 * half;
+}
+
+// The dimension, within a block of 32, of row r (half 0) or r + 8 (half 1) of the A operand m (0 or 1) of values.
+template <typename F>
+__device__ constexpr int value_dim(int r, int m, int half) {
+  return F::BITS == 8 ? 16 * m + 2 * r + half : 4 * r + 2 * m + half;
+}
+
+// Keys r and r + 8, block of 32 dimensions number `block`: 4 pairs each. `rows` is the shared address of 16 rows.
+template <typename F, int PITCH>
+__device__ __forceinline__ void load_keys(u32 (&low)[4], u32 (&high)[4], u32 rows, int block, int lane) {
+  const int r = lane / 4, t = lane % 4;
+  if constexpr (F::BITS == 8) {
+    u32 w[4];
+    load_matrices(w, rows + (lane % 16) * PITCH + block * 32 + (lane / 16) * 16);
+    low[0] = take_bytes<F, 0, 1>(w[0]), low[1] = take_bytes<F, 2, 3>(w[0]);
+    high[0] = take_bytes<F, 0, 1>(w[1]), high[1] = take_bytes<F, 2, 3>(w[1]);
+    low[2] = take_bytes<F, 0, 1>(w[2]), low[3] = take_bytes<F, 2, 3>(w[2]);
+    high[2] = take_bytes<F, 0, 1>(w[3]), high[3] = take_bytes<F, 2, 3>(w[3]);
+  } else if constexpr (F::BITS == 4) {
+    u32 w[2];
+    load_two_matrices(w, rows + (lane % 16) * PITCH + block * 16);
+    low[0] = take_nibbles<F, 0>(w[0]), low[1] = take_nibbles<F, 1>(w[0]);
+    low[2] = take_nibbles<F, 2>(w[0]), low[3] = take_nibbles<F, 3>(w[0]);
+    high[0] = take_nibbles<F, 0>(w[1]), high[1] = take_nibbles<F, 1>(w[1]);
+    high[2] = take_nibbles<F, 2>(w[1]), high[3] = take_nibbles<F, 3>(w[1]);
+  } else {
+#pragma unroll
+    for (int x = 0; x < 2; ++x) {
+      u32(&d)[4] = x ? high : low;
+      const u32 row = rows + (r + 8 * x) * PITCH + block * 4 * F::BITS;
+      auto word = [&](int i) { return load_word(row + 4 * i); };
+      if constexpr (F::BITS == 2) {
+        const u32 spread = __byte_perm(word(t / 2), 0, t % 2 ? 0x4342 : 0x4140);
+        d[0] = take_fields<F, 0, 0>(spread), d[1] = take_fields<F, 2, 2>(spread);
+        d[2] = take_fields<F, 4, 4>(spread), d[3] = take_fields<F, 6, 6>(spread);
+      } else {
+        const int bit = 8 * F::BITS * t;
+        const u32 w0 = word(bit / 32), w1 = word(bit / 32 + 1);
+        const u32 a = __funnelshift_r(w0, w1, bit % 32), b = w1 >> (bit % 32);
+        if constexpr (F::BITS == 3) {
+          const u32 c = __funnelshift_r(a, b, 2);
+          d[0] = take_fields<F, 4, 0>(a << 4), d[1] = take_fields<F, 7, 3>(a << 4);
+          d[2] = take_fields<F, 4, 0>(c), d[3] = take_fields<F, 7, 3>(c);
+        } else if constexpr (F::BITS == 5) {
+          d[0] = take_fields<F, 0, 4>(a), d[1] = take_fields<F, 0, 4>(a >> 5);
+          d[2] = take_fields<F, 0, 4>(__funnelshift_r(a, b, 10)), d[3] = take_fields<F, 0, 4>(__funnelshift_r(a, b, 15));
+        } else {
+          d[0] = take_fields<F, 4, 0>(a << 4), d[1] = take_fields<F, 4, 0>(a >> 2);
+          d[2] = take_fields<F, 4, 0>(__funnelshift_r(a, b, 20)), d[3] = take_fields<F, 4, 0>(__funnelshift_r(a, b, 26));
+        }
+      }
+    }
+  }
+}
+
+// Four dimensions of two keys from their code windows (the lane's 4 codes at the bottom of each), as 4 registers.
+template <typename F>
+__device__ __forceinline__ void unpack_values(u32 (&d)[4], u32 a, u32 b) {
+  const u32 x = __byte_perm(a, b, 0x5410);
+  if constexpr (F::BITS == 2) {
+    d[0] = take_fields<F, 0, 0>(x), d[1] = take_fields<F, 2, 2>(x);
+    d[2] = take_fields<F, 4, 4>(x), d[3] = take_fields<F, 6, 6>(x);
+  } else if constexpr (F::BITS == 3) {
+    d[0] = take_fields<F, 0, 0>(x), d[1] = take_fields<F, 3, 3>(x);
+    d[2] = take_fields<F, 6, 6>(x), d[3] = take_fields<F, 6, 6>(x >> 3);
+  } else if constexpr (F::BITS == 5) {
+    const u32 y = __byte_perm(a >> 10, b >> 10, 0x5410);
+    d[0] = take_fields<F, 0, 0>(x), d[1] = take_fields<F, 5, 5>(x);
+    d[2] = take_fields<F, 0, 0>(y), d[3] = take_fields<F, 5, 5>(y);
+  } else {
+    const u32 y = __byte_perm(a >> 12, b >> 12, 0x5410);
+    d[0] = take_fields<F, 0, 0>(x), d[1] = take_fields<F, 4, 4>(x >> 2);
+    d[2] = take_fields<F, 0, 0>(y), d[3] = take_fields<F, 4, 4>(y >> 2);
+  }
+}
+
+// Values of a block of 32 dimensions: low[j] holds the keys 2t, 2t + 1 and high[j] the keys 2t + 8, 2t + 9 of the
+// lane's dimension value_dim(r, j / 2, j % 2).
+template <typename F, int PITCH>
+__device__ __forceinline__ void load_values(u32 (&low)[4], u32 (&high)[4], u32 rows, int block, int lane) {
+  const int r = lane / 4, t = lane % 4;
+  if constexpr (F::BITS == 8) {
+    u32 w[4];
+    load_matrices_transposed(w, rows + (lane % 16) * PITCH + block * 32 + (lane / 16) * 16);
+    low[0] = take_bytes<F, 0, 2>(w[0]), low[1] = take_bytes<F, 1, 3>(w[0]);
+    high[0] = take_bytes<F, 0, 2>(w[1]), high[1] = take_bytes<F, 1, 3>(w[1]);
+    low[2] = take_bytes<F, 0, 2>(w[2]), low[3] = take_bytes<F, 1, 3>(w[2]);
+    high[2] = take_bytes<F, 0, 2>(w[3]), high[3] = take_bytes<F, 1, 3>(w[3]);
+  } else if constexpr (F::BITS == 4) {
+    u32 w[2];
+    load_two_matrices_transposed(w, rows + (lane % 16) * PITCH + block * 16);
+    low[0] = take_nibbles<F, 0>(w[0]), low[1] = take_nibbles<F, 1>(w[0]);
+    low[2] = take_nibbles<F, 2>(w[0]), low[3] = take_nibbles<F, 3>(w[0]);
+    high[0] = take_nibbles<F, 0>(w[1]), high[1] = take_nibbles<F, 1>(w[1]);
+    high[2] = take_nibbles<F, 2>(w[1]), high[3] = take_nibbles<F, 3>(w[1]);
+  } else {
+    u32 window[4];
+    const int bit = 4 * F::BITS * r;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const u32 row = rows + (2 * t + k % 2 + k / 2 * 8) * PITCH + block * 4 * F::BITS + bit / 32 * 4;
+      const u32 next = F::BITS == 2 ? 0 : load_word(row + 4);
+      window[k] = __funnelshift_r(load_word(row), next, bit % 32);
+    }
+    unpack_values<F>(low, window[0], window[1]);
+    unpack_values<F>(high, window[2], window[3]);
+  }
+}
+
+__device__ __forceinline__ float scale_value(float x) { return x; }
+__device__ __forceinline__ float scale_value(__half x) { return __half2float(x); }
+__device__ __forceinline__ float scale_value(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float scale_value(unsigned char x) {  // e8m0: 2^(x - 127)
+  return __uint_as_float(x == 0 ? 0x00400000u : static_cast<u32>(x) << 23);
+}
+
+// nvfp4's e4m3 scales of two rows as a pair of halves, times 2^-8.
+__device__ __forceinline__ u32 e4m3_pair(u32 low, u32 high) { return e4m3_halves(low << 8 | high << 24); }
+
+}  // namespace qsdpa

@@ -1,0 +1,147 @@
+"""Launch plans of the CUDA kernels: what a kernel is specialized on, its shared memory, and how the keys are split."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import mlx.core as mx
+
+from qsdpa_patch.kernels.attention_call import Signature
+from qsdpa_patch.kernels.cuda.device import DeviceLimits
+from qsdpa_patch.kernels.format import Format
+
+__all__ = ["DecodePlan", "Unsupported", "decode_plan"]
+
+PART = 16
+"""Keys that are the rows of one matrix operand; a tile is one or two such parts."""
+
+MAX_QUERY_LENGTH = 16
+_MODES = {"mxfp4": 2, "mxfp8": 3, "nvfp4": 4}
+_MASKS = {"none": 0, "causal": 1, "bool": 2, "additive": 3}
+_LAYOUTS = ((8, 2, 4), (8, 1, 6), (4, 1, 6))
+"""Warps of a block, parts of a tile and the most stages of its ring: the first that fits is taken.
+
+One block of 8 warps to a multiprocessor, with up to 255 registers a thread and all of its shared memory in flight, beat
+smaller blocks on an H200 for nearly all shapes.
+"""
+
+
+class Unsupported(Exception):
+    """No kernel takes this signature; the argument says why."""
+
+
+def format_mode(format: Format) -> int:
+    """The format's number in ``formats.cuh``."""
+    if format.is_affine:
+        return 1 if format.symmetric else 0
+    return _MODES[format.mode]
+
+
+def mask_kind(sig: Signature) -> int:
+    """The mask's number in ``decode.cuh``."""
+    return _MASKS[sig.mask]
+
+
+@dataclass(frozen=True)
+class DecodePlan:
+    """How calls of one signature run.
+
+    row_blocks: blocks of 8 query rows that a thread block serves; row_tiles: how many such tiles a KV head has.
+    warps, stages, parts: of a thread block, tiles of a warp's ring, and sixteens of keys of a tile.
+    shared_bytes: dynamic shared memory of a thread block. ideal_splits: blocks along many keys.
+    """
+
+    signature: Signature
+    row_blocks: int
+    row_tiles: int
+    warps: int
+    stages: int
+    parts: int
+    shared_bytes: int
+    ideal_splits: int
+
+    @property
+    def threads(self) -> int:
+        return self.warps * 32
+
+    @property
+    def rows(self) -> int:
+        return 8 * self.row_blocks
+
+    def splits(self, count: int) -> int:
+        """Thread blocks along ``count`` keys: the ideal number, or fewer where a warp would get no tile."""
+        tiles = -(-count // (PART * self.parts))
+        return max(1, min(self.ideal_splits, -(-tiles // self.warps)))
+
+
+@lru_cache(maxsize=512)
+def decode_plan(sig: Signature, limits: DeviceLimits) -> DecodePlan:
+    """The plan for ``sig``.
+
+    Raises:
+        Unsupported: with the reason.
+    """
+    _check(sig)
+    rows = sig.query_heads // sig.kv_heads * sig.query_length
+    terms = 2 if sig.dtype == mx.float32 else 1
+    row_blocks = -(-rows // 8)
+    row_tiles = -(-row_blocks // max(1, min(4, 512 // (sig.value_dim * terms))))
+    row_blocks = -(-row_blocks // row_tiles)
+    tiles = sig.batch * sig.kv_heads * row_tiles
+    splits = _ideal_splits(tiles, limits.multiprocessors)
+    for warps, parts, most_stages in _LAYOUTS:
+        for stages in range(most_stages, 1, -1):
+            shared = shared_bytes(sig, row_blocks, warps, stages, parts)
+            if shared <= limits.shared_per_block:
+                splits = min(splits, warps * (sig.value_dim + 4) // 2)  # their weights take the room of the output
+                return DecodePlan(sig, row_blocks, row_tiles, warps, stages, parts, shared, splits)
+    raise Unsupported(f"a tile of {sig.key_dim} + {sig.value_dim} dimensions does not fit into shared memory")
+
+
+def _check(sig: Signature) -> None:
+    if sig.query_length > MAX_QUERY_LENGTH:
+        raise Unsupported(f"query length {sig.query_length}: the fused kernel takes up to {MAX_QUERY_LENGTH}")
+    for name, dim in (("key", sig.key_dim), ("value", sig.value_dim)):
+        if dim % 32 or not 32 <= dim <= 512:
+            raise Unsupported(f"{name} dimension {dim}: the fused kernel takes multiples of 32 from 32 to 512")
+    if sig.rope_dim % 16 or sig.rope_dim > 128:
+        raise Unsupported(f"rope dimension {sig.rope_dim}: the fused kernel takes multiples of 16 up to 128")
+
+
+def _ideal_splits(tiles: int, slots: int) -> int:
+    """Thread blocks a tile of rows such that all blocks fill whole waves of the device's ``slots``."""
+    if tiles <= slots // 2:
+        return slots // tiles
+    return min(range(1, 9), key=lambda s: (-(-tiles * s // slots) / s * (1 + 0.01 * s), s))
+
+
+def shared_bytes(sig: Signature, row_blocks: int, warps: int, stages: int, parts: int) -> int:
+    """Shared memory of a block: the sum that ``DecodeConfig`` in ``decode.cuh`` makes (and is checked against)."""
+    size = sig.dtype.size
+    terms = 2 if size == 4 else 1
+    rows = 8 * row_blocks
+    tile = PART * parts
+    key_scales = tile * sig.key_format.groups(sig.key_dim) * sig.key_scale_dtype.size
+    value_scales = tile * sig.value_format.groups(sig.value_dim) * sig.value_scale_dtype.size
+    stage = tile * _pitch(sig.key_format.words(sig.key_dim) * 4)
+    stage += key_scales * (2 if sig.key_format.has_biases else 1)
+    if not sig.shared_kv:
+        stage += tile * _pitch(sig.value_format.words(sig.value_dim) * 4)
+        stage += value_scales * (2 if sig.value_format.has_biases else 1)
+    if sig.rope_dim:
+        stage += tile * _pitch(sig.rope_dim * size)
+    out = warps * rows * (sig.value_dim + 4) * 4
+    total = max(warps * stages * stage, out) + 16 + terms * rows * (sig.key_dim + 8) * 2
+    if sig.key_dim * row_blocks * terms > 256:
+        total += terms * rows * sig.key_dim * 2
+    if sig.rope_dim:
+        total += rows * (sig.rope_dim + 16 // size) * size
+    if sig.key_format.has_biases:
+        total += sig.key_format.groups(sig.key_dim) * rows * 4
+    return total + rows * 4 + warps * rows * 8 + 640
+
+
+def _pitch(row_bytes: int) -> int:
+    """Bytes between rows of a tile: an odd number of 16-byte units."""
+    return (-(-row_bytes // 16) | 1) * 16

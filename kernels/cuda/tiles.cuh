@@ -1,0 +1,144 @@
+// Tiles of rows (keys) in shared memory, copied there asynchronously by one warp.
+#pragma once
+#include "ptx.cuh"
+
+namespace qsdpa {
+
+// A two-dimensional operand [N, row] in device memory, for one batch entry and head. Strides are in elements.
+template <typename T>
+struct Rows {
+  const T* data;
+  i64 row_stride;
+  i64 element_stride;
+};
+
+template <typename T>
+__device__ __forceinline__ bool rows_aligned(const Rows<T>& x, int bytes) {
+  const u64 bits = reinterpret_cast<u64>(x.data) | static_cast<u64>(x.row_stride * static_cast<i64>(sizeof(T)));
+  return x.element_stride == 1 && bits % bytes == 0;
+}
+
+// The rows follow each other without gaps, from an aligned address: a tile is one run of bytes.
+template <typename T>
+__device__ __forceinline__ bool rows_contiguous(const Rows<T>& x, int row, int bytes) {
+  return x.element_stride == 1 && x.row_stride == row && reinterpret_cast<u64>(x.data) % bytes == 0;
+}
+
+// How TILE rows of ROW_BYTES bytes each lie in shared memory: PITCH bytes apart, an odd number of 16-byte units, so that
+// 8 rows of 16 bytes each lie in distinct banks.
+template <int TILE, int ROW_BYTES_, typename T>
+struct RowTile {
+  static constexpr int ROW_BYTES = ROW_BYTES_;
+  static constexpr int PITCH = ((ROW_BYTES + 15) / 16 | 1) * 16;
+  static constexpr int BYTES = TILE * PITCH;
+  static constexpr int SOURCE_BYTES = TILE * ROW_BYTES;
+  static constexpr int CHUNK = ROW_BYTES % 16 == 0 ? 16 : ROW_BYTES % 8 == 0 ? 8 : 4;
+
+  // From a run of bytes; `lane_source` is the lane's first chunk. Chunks from `valid` bytes on read as zeros (PARTIAL).
+  template <bool PARTIAL>
+  __device__ __forceinline__ static void copy_run(u32 shared, const char* lane_source, int lane, int valid) {
+    constexpr int PER_ROW = ROW_BYTES / CHUNK, ALL = TILE * PER_ROW;
+#pragma unroll
+    for (int i = 0; i < ALL; i += 32) {
+      const int c = i + lane;
+      const int at = 32 % PER_ROW == 0 ? lane / PER_ROW * PITCH + lane % PER_ROW * CHUNK + i / PER_ROW * PITCH
+                                       : c / PER_ROW * PITCH + c % PER_ROW * CHUNK;
+      if (i + 32 <= ALL || c < ALL) {
+        if constexpr (PARTIAL) {
+          const bool inside = c * CHUNK < valid;
+          copy_async<CHUNK>(shared + at, inside ? lane_source + i * CHUNK : lane_source - lane * CHUNK,
+                            inside ? CHUNK : 0);
+        } else {
+          copy_async<CHUNK>(shared + at, lane_source + i * CHUNK);
+        }
+      }
+    }
+  }
+
+  // Any strides; rows from `count` on read as zeros.
+  __device__ static void copy_rows(u32 shared, const Rows<T>& rows, int first, int count, int lane) {
+    if (rows_aligned(rows, CHUNK)) {
+      copy_chunks<CHUNK>(shared, rows, first, count, lane);
+    } else if constexpr (sizeof(T) == 4) {
+      copy_chunks<4>(shared, rows, first, count, lane);
+    } else {
+      constexpr int PER_ROW = ROW_BYTES / static_cast<int>(sizeof(T));
+      for (int c = lane; c < TILE * PER_ROW; c += 32) {
+        const int row = c / PER_ROW, column = c % PER_ROW;
+        T x{};
+        if (first + row < count) x = rows.data[(first + row) * rows.row_stride + column * rows.element_stride];
+        *reinterpret_cast<T*>(__cvta_shared_to_generic(shared + row * PITCH + column * sizeof(T))) = x;
+      }
+    }
+  }
+
+ private:
+  template <int SIZE>
+  __device__ __forceinline__ static void copy_chunks(u32 shared, const Rows<T>& rows, int first, int count, int lane) {
+    constexpr int PER_ROW = ROW_BYTES / SIZE;
+    for (int c = lane; c < TILE * PER_ROW; c += 32) {
+      const int row = c / PER_ROW, column = c % PER_ROW;
+      const bool valid = first + row < count;
+      const i64 element = column * (SIZE / static_cast<int>(sizeof(T))) * rows.element_stride;
+      const T* source = rows.data + (valid ? (first + row) * rows.row_stride + element : 0);
+      copy_async<SIZE>(shared + row * PITCH + column * SIZE, source, valid ? SIZE : 0);
+    }
+  }
+};
+
+// Scales (or biases) of TILE rows, ROW of them each, packed without gaps.
+template <int TILE, int ROW_, typename T>
+struct ScaleTile {
+  static constexpr int ROW = ROW_;
+  static constexpr int BYTES = TILE * ROW * static_cast<int>(sizeof(T));
+
+  // Any strides; rows from `count` on read as zeros.
+  __device__ static void copy_rows(u32 shared, const Rows<T>& rows, int first, int count, int lane) {
+    constexpr int SIZE = sizeof(T), PER_WORD = 4 / SIZE;
+    if (ROW % PER_WORD == 0 && rows_aligned(rows, 4)) {
+      constexpr int PER_ROW = ROW % PER_WORD == 0 ? ROW / PER_WORD : 1;
+      for (int c = lane; c < TILE * PER_ROW; c += 32) {
+        const int row = c / PER_ROW, column = c % PER_ROW;
+        const bool valid = first + row < count;
+        const T* source = rows.data + (valid ? (first + row) * rows.row_stride + column * PER_WORD : 0);
+        copy_async<4>(shared + c * 4, source, valid ? 4 : 0);
+      }
+    } else {
+      for (int c = lane; c < TILE * ROW; c += 32) {
+        const int row = c / ROW, column = c % ROW;
+        T x{};
+        if (first + row < count) x = rows.data[(first + row) * rows.row_stride + column * rows.element_stride];
+        *reinterpret_cast<T*>(__cvta_shared_to_generic(shared + c * SIZE)) = x;
+      }
+    }
+  }
+};
+
+// The scales of one row of a tile. Short rows are read at once, as words.
+template <int ROW, typename T>
+struct ScaleRow {
+  static constexpr int WORDS = ROW * static_cast<int>(sizeof(T)) / 4;
+  static constexpr bool HELD = sizeof(T) == 2 && ROW % 2 == 0 && WORDS <= 2;
+  u32 address;
+  u32 words[HELD ? WORDS : 1];
+
+  __device__ __forceinline__ ScaleRow(u32 tile, int row) : address(tile + row * ROW * static_cast<int>(sizeof(T))) {
+    if constexpr (HELD) {
+#pragma unroll
+      for (int i = 0; i < WORDS; ++i) words[i] = load_word(address + 4 * i);
+    }
+  }
+
+  __device__ __forceinline__ T operator[](int i) const {
+    T x;
+    if constexpr (HELD) {
+      const unsigned short bits = i % 2 ? words[i / 2] >> 16 : words[i / 2] & 0xffff;
+      memcpy(&x, &bits, 2);
+    } else {
+      x = *reinterpret_cast<const T*>(__cvta_shared_to_generic(address + i * sizeof(T)));
+    }
+    return x;
+  }
+};
+
+}  // namespace qsdpa

@@ -1,0 +1,142 @@
+"""The CUDA kernels on a GPU, held against the float32 reference on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import mlx.core as mx
+import pytest
+
+from qsdpa_patch.kernels.attention_call import AttentionCall, check_call
+from qsdpa_patch.kernels.cuda import backend
+from qsdpa_patch.kernels.format import FLOAT_FORMATS, Format
+from qsdpa_patch.kernels.quantized_tensor import QuantizedTensor, quantize
+from tests.attention_cases import (
+    TOLERANCES,
+    Case,
+    build,
+    expected,
+    random_case,
+    random_mla_case,
+    relative_error,
+)
+
+_AVAILABLE, _REASON = backend.is_available()
+pytestmark = pytest.mark.skipif(not _AVAILABLE, reason=_REASON)
+
+
+def _check(call: AttentionCall, description: str) -> None:
+    taken, reason = backend.has_fused_kernel(call.signature)
+    assert taken, reason
+    error = relative_error(backend.attend(call), expected(call))
+    assert error <= TOLERANCES[call.signature.dtype], f"error {error:.2g} in {description}"
+
+
+def _rebuilt(tensor: QuantizedTensor, change: Callable[[mx.array], mx.array]) -> QuantizedTensor:
+    """``tensor`` with each of its parts changed."""
+    codes, scales, *biases = map(change, tensor.parts)
+    return QuantizedTensor(codes, scales, biases[0] if biases else None, tensor.format, dtype=mx.float16)
+
+
+def _first_keys(count: int, part: mx.array) -> mx.array:
+    return part[:, :, :count]
+
+
+@pytest.mark.parametrize("seed", range(120))
+def test_random_calls(seed: int) -> None:
+    case = random_case(seed)
+    _check(build(case), str(case))
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_random_mla_calls(seed: int) -> None:
+    case = random_mla_case(seed)
+    _check(build(case), str(case))
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32], ids=str)
+@pytest.mark.parametrize("count", [33, 8191, 1 << 20])
+def test_long_contexts(count: int, dtype: mx.Dtype) -> None:
+    """Values with a mean, so that a sum over many of them is no small difference of large numbers."""
+    mx.random.seed(1)
+    queries = mx.random.normal((1, 4, 1, 64)).astype(dtype)
+    keys, values = (mx.random.normal((1, 1, count, 64)) + mean for mean in (0, 1))
+    packed = [quantize(x.astype(dtype), Format.affine(4)) for x in (keys, values)]
+    _check(check_call(queries, *packed, scale=0.125), f"{count} keys")
+
+
+@pytest.mark.parametrize("batch", [17, 200])
+def test_many_sequences(batch: int) -> None:
+    case = Case(seed=2, batch=batch, kv_heads=2, group=4, count=300, capacity=512, dtype=mx.float16, mask="padding")
+    _check(build(case), str(case))
+
+
+@pytest.mark.parametrize("size", [1e-4, 1.0, 300.0])
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32], ids=str)
+@pytest.mark.parametrize("format", [Format.affine(4), Format.affine(8), Format.named("mxfp8")], ids=str)
+def test_magnitudes_of_values_far_from_one(format: Format, dtype: mx.Dtype, size: float) -> None:
+    mx.random.seed(3)
+    queries, keys, values = (mx.random.normal((1, 2, n, 128)) for n in (1, 777, 777))
+    values = values * size * mx.exp(3 * mx.random.normal((1, 2, 777, 1)))  # of very different size by key
+    packed = [quantize(x.astype(dtype), format) for x in (keys, mx.clip(values, -6e4, 6e4))]
+    _check(check_call(queries.astype(dtype), *packed, scale=0.1), f"{format} {dtype} values of size {size}")
+
+
+def test_rows_that_do_not_follow_each_other() -> None:
+    """Caches laid out [B, N, H, D] and odd offsets: strides and alignment that no fast path covers."""
+    mx.random.seed(4)
+    x = mx.random.normal((2, 301, 3, 64)).astype(mx.float16)
+    for format in (Format.affine(4), Format.affine(3, 32), Format.affine(8), Format.named("nvfp4")):
+        whole = quantize(x, format)
+        tensor = _rebuilt(whole, lambda part: mx.swapaxes(part, 1, 2)[:, :, 1:300])
+        queries = mx.swapaxes(mx.random.normal((2, 2, 6, 64)).astype(mx.float16), 1, 2)
+        _check(check_call(queries, tensor, tensor, scale=0.125, mask="causal"), f"{format} transposed")
+
+
+@pytest.mark.parametrize("lowest", [-mx.inf, mx.finfo(mx.float32).min])
+def test_masks_that_leave_a_row_nothing(lowest: float) -> None:
+    """``-inf`` everywhere gives zeros; the lowest finite number everywhere gives the mean, as a softmax does."""
+    case = Case(seed=5, group=3, count=70, capacity=70, dtype=mx.float32)
+    call = build(case)
+    mask = mx.where(mx.arange(6)[None, :, None, None] == 2, lowest, mx.zeros((1, 6, 1, 70)))
+    _check(
+        check_call(call.queries, call.keys, call.values, scale=call.scale, mask=mask),
+        f"a row masked with {lowest}",
+    )
+
+
+def test_the_context_grows_without_new_kernels_and_calls_may_overlap() -> None:
+    case = Case(seed=6, group=4, count=700, capacity=700, dtype=mx.float16)
+    call = build(case)
+    backend.has_fused_kernel(call.signature)
+    calls = []
+    for count in range(600, 700, 7):
+        keys, values = (_rebuilt(x, partial(_first_keys, count)) for x in (call.keys, call.values))
+        calls.append(check_call(call.queries, keys, values, scale=call.scale))
+    assert len({c.signature for c in calls}) == 1
+    results = [backend.attend(c) for c in calls]
+    mx.eval(results)  # independent launches, free to run at once
+    for result, one in zip(results, calls, strict=True):
+        assert relative_error(result, expected(one)) <= TOLERANCES[mx.float16]
+
+
+def test_results_do_not_change_between_runs() -> None:
+    call = build(replace(random_case(7), count=700, capacity=900, mask="none", dtype=mx.bfloat16))
+    first, second = backend.attend(call), backend.attend(call)
+    assert mx.array_equal(first, second).item()
+
+
+@pytest.mark.parametrize("name", FLOAT_FORMATS)
+def test_every_code_of_the_floating_point_formats(name: str) -> None:
+    """Values made of all codes, with scales from small to large."""
+    format = Format.named(name)
+    words = mx.random.randint(0, 1 << 31, (1, 1, 256, format.words(64)), key=mx.random.key(8)).astype(mx.uint32)
+    if name == "mxfp8":  # 0x7f and 0xff stand for no number
+        words = mx.bitwise_and(words, 0xF7F7F7F7)
+    low, high = (110, 140) if name != "nvfp4" else (0, 126)
+    scales = mx.random.randint(low, high, (1, 1, 256, format.groups(64)), key=mx.random.key(9)).astype(mx.uint8)
+    tensor = QuantizedTensor(words, scales, None, format, dtype=mx.float32)
+    queries = mx.random.normal((1, 1, 1, 64), key=mx.random.key(10))
+    _check(check_call(queries, tensor, tensor, scale=1e-6), f"all codes of {name}")
