@@ -26,7 +26,7 @@ _GATHERED = "prompts expand the latent, and decoding gathers the rows that the i
 
 def _plan_layer(layer: Layer) -> LayerPlan:
     if layer.model_type in _INDEXED and layer.part == 1:
-        return LayerPlan(keep="the indexer's keys are read by the model's own code")
+        return LayerPlan(kind="indexer", keep="the indexer's keys are read by the model's own code")
     return LayerPlan(latent=layer.model_type in _LATENT)
 
 

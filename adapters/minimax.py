@@ -5,7 +5,7 @@ from qsdpa_patch.adapter import Adapter, Layer, LayerPlan
 
 def _plan_layer(layer: Layer) -> LayerPlan:
     if layer.model_type == "minimax_m3_vl" and layer.part == 1:
-        return LayerPlan(keep="the indexer's keys are read by the model's own code")
+        return LayerPlan(kind="indexer", keep="the indexer's keys are read by the model's own code")
     return LayerPlan()
 
 

@@ -16,10 +16,12 @@ class LayerPlan:
     latent: the cache holds an MLA latent in its keys and the rope keys in its values; the latent is quantized and
         serves as keys and values, the rope keys stay in the model's dtype.
     keep: a reason to leave the cache as it is, or empty to quantize it. The report shows it.
+    kind: what the report calls the layer, where the cache's class does not say it.
     """
 
     latent: bool = False
     keep: str = ""
+    kind: str = ""
 
 
 @dataclass(frozen=True)

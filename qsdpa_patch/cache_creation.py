@@ -83,14 +83,15 @@ def quantize_cache(cache: Any, bits: int, group_size: int, index: int = 0, part:
         _note_kept(cache)
         return cache
     plan = _plan(cache, tag, index, part)
-    model_type, kind = (tag.model_type, tag.kind) if tag else (_UNTAGGED, kind_of(cache))
+    model_type, declared = (tag.model_type, tag.declared) if tag else (_UNTAGGED, "")
+    kind = plan.kind or ("latent" if plan.latent else tag.kind if tag else kind_of(cache))
     if plan.keep:
+        set_tag(cache, LayerTag(model_type, declared, index, kind))
         recorder.note(model_type, kind, f"kept unquantized: {plan.keep}")
         return cache
     key_format, value_format = router.settings.formats(bits, group_size)
     quantized = caches.quantized(cache, key_format, value_format, latent=plan.latent)
-    kind = "latent" if plan.latent else kind
-    set_tag(quantized, LayerTag(model_type, tag.declared if tag else "", index, kind))
+    set_tag(quantized, LayerTag(model_type, declared, index, kind))
     _note_own_attention(model_type, kind)
     return quantized
 
@@ -116,7 +117,7 @@ def _looks_latent(cache: Any) -> bool:
 
 
 def _note_kept(cache: Any) -> None:
-    """Say why a cache that :data:`_CONVERTIBLE` does not list stays as it is, unless it is a quantized one."""
+    """Say why a cache that has no quantized twin stays as it is."""
     tag = tag_of(cache)
     if tag is None or hasattr(cache, "key_format"):
         return

@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx_lm.models.cache
 
 from qsdpa_patch.architectures.sizes import VOCABULARY
+from qsdpa_patch.architectures.table import leaves
 from qsdpa_patch.caches import QuantizedCache
 
 CHUNKS = (29, 17, 5)
@@ -62,15 +63,6 @@ def _parts(tokens: mx.array) -> Iterator[mx.array]:
         start += length
 
 
-def leaves(caches: Any) -> Iterator[Any]:
-    """The single caches of a list, those in a ``CacheList`` included."""
-    for cache in caches:
-        if hasattr(cache, "caches"):
-            yield from leaves(cache.caches)
-        else:
-            yield cache
-
-
 def round_rows(cache: Any, twin: Any) -> None:
     """Let ``cache`` hold the numbers that ``twin`` does: quantized and dequantized, what it has and what comes."""
     if not isinstance(twin, QuantizedCache):
@@ -95,9 +87,3 @@ def rounded(rows: mx.array, bits: int | None) -> mx.array:
     padded = mx.concatenate([rows, *[rows[..., -1:]] * padding], axis=-1)
     codes, scales, biases = mx.quantize(padded, group, bits)
     return mx.dequantize(codes, scales, biases, group, bits)[..., :dim]
-
-
-def deviations(logits: mx.array, expected: mx.array) -> mx.array:
-    """``[positions]``: the distance of two rows of logits over the spread of the expected ones."""
-    spread = expected - expected.mean(axis=-1, keepdims=True)
-    return mx.linalg.norm(logits - expected, axis=-1) / mx.linalg.norm(spread, axis=-1)

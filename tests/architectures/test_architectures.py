@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,17 +11,17 @@ import mlx.core as mx
 import pytest
 
 import qsdpa_patch
-from qsdpa_patch.architectures.sizes import NEEDS_METAL, NOT_BUILT, SIZES
-from qsdpa_patch.architectures.tiny_models import build
+from qsdpa_patch.architectures.sizes import NOT_BUILT, SIZES
+from qsdpa_patch.architectures.table import leaves
 from qsdpa_patch.caches import QuantizedCache
 from qsdpa_patch.dispatcher import router
-from qsdpa_patch.kernels import reference
 from qsdpa_patch.kernels.attention_call import AttentionCall
 from qsdpa_patch.layer_tags import tag_of
-from qsdpa_patch.routes import Caller
-from tests.architectures.runs import CHUNKS, DECODED, deviations, leaves, prompt_and_reply, run
-
-BUILT = [name for name in SIZES if mx.metal.is_available() or name not in NEEDS_METAL]
+from qsdpa_patch.routes import Caller, Router
+from qsdpa_patch.settings import Settings
+from tests.architectures.measures import deviations, median, quantile
+from tests.architectures.runs import run
+from tests.architectures.subjects import MODEL_ERROR, Subject
 
 LEAST_EFFECT = 0.03
 """By how much logits must change, at least, with another prompt: else attention would not matter, nor this test."""
@@ -33,54 +32,17 @@ QUANTIZATION_ERROR = {8: 0.03, 4: 0.4}
 Measured over all architectures: 0.005 to 0.025 at 8 bits and 0.08 to 0.33 at 4 (random weights, groups of 64)."""
 
 CALL_ERROR = 1e-4
-"""Of one attention call against the reference over the same quantized values, over the largest output."""
-
-MODEL_ERROR = {0.5: 2e-3, 0.9: 2e-2}
-"""By quantile over positions: the deviation from mlx-lm's own attention over its own caches, with rows rounded alike.
-
-It is about 1e-6, unless a last bit makes a number round to the neighbouring code: that row stays different."""
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A model, what it says unquantized with the patch off, and how much that depends on the prompt.
-
-    effect: the median deviation of the logits of the reply when it follows another prompt.
-    """
-
-    model: Any
-    tokens: mx.array
-    logits: mx.array
-    effect: float
-
-
-@pytest.fixture(scope="module", params=BUILT)
-def subject(request: pytest.FixtureRequest) -> Subject:
-    assert not qsdpa_patch.is_enabled()
-    model, tokens = build(request.param), prompt_and_reply()
-    logits = run(model, tokens).logits
-    start = sum(CHUNKS)
-    other = run(model, mx.concatenate([prompt_and_reply(1)[:, :start], tokens[:, start:]], axis=1)).logits
-    return Subject(model, tokens, logits, median(deviations(other, logits)[-DECODED:]))
-
-
-def median(x: mx.array) -> float:
-    return quantile(x, 0.5)
-
-
-def quantile(x: mx.array, share: float) -> float:
-    return float(mx.sort(x)[int(x.size * share)])
+"""Of one attention call against plain ops over the same quantized values, over the largest output."""
 
 
 @pytest.fixture
 def call_errors(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The error of every call that the router serves, against the reference."""
+    """The error of every call that the router serves, against plain ops over the same quantized values."""
     errors: list[float] = []
-    attend = router.attend
+    attend, in_ops = router.attend, Router(Settings(kernels="ops"))
 
     def checked(call: AttentionCall, caller: Caller) -> mx.array:
-        out = attend(call, caller)
-        expected = reference.attend(call)[..., : call.output_dim]
+        out, expected = attend(call, caller), in_ops.attend(call, Caller("in plain ops"))
         errors.append(float(mx.abs(out - expected).max() / mx.abs(expected).max()))
         return out
 
