@@ -16,7 +16,7 @@ from qsdpa_patch.kernels.cpu.library import load_library
 __all__ = ["Limits", "Work", "measure_limits", "work_of"]
 
 _PIECE_BYTES = 1 << 20
-_REPEATS = 7
+_RUNS = 32
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,12 @@ def work_of(signature: Signature, key_count: int) -> Work:
     return Work(sig.batch * key_count * row_bytes, sig.batch * sig.query_heads * pairs * row_products)
 
 
-def measure_limits(nbytes: int = 256 << 20, multiply_adds: int = 2_000_000_000) -> Limits:
-    """Measure this machine: the best of several runs over ``nbytes`` of memory and of ``multiply_adds`` each.
+def measure_limits(nbytes: int = 256 << 20, multiply_adds: int = 200_000_000) -> Limits:
+    """Measure this machine: the best of many short runs, so that a moment's rest on a busy machine is enough.
+
+    Args:
+        nbytes: of the buffer that is read, a quarter of it in each run; more than the caches hold.
+        multiply_adds: of a run.
 
     Takes about half a second.
 
@@ -76,11 +80,12 @@ def measure_limits(nbytes: int = 256 << 20, multiply_adds: int = 2_000_000_000) 
     functions, threads = load_library().functions, thread_count()
     memory = ctypes.create_string_buffer(nbytes)
     ctypes.memset(memory, 1, nbytes)  # pages that were never written are all the same one
-    pieces = nbytes // _PIECE_BYTES
+    pieces = nbytes // _PIECE_BYTES // 4
     bandwidth = rate = 0.0
-    for _ in range(_REPEATS):
+    for run in range(_RUNS):
+        part = ctypes.byref(memory, run % 4 * pieces * _PIECE_BYTES)
         start = time.perf_counter()
-        functions.qsdpa_read(memory, pieces, threads)
+        functions.qsdpa_read(part, pieces, threads)
         bandwidth = max(bandwidth, pieces * _PIECE_BYTES / (time.perf_counter() - start))
         start = time.perf_counter()
         done = functions.qsdpa_multiply_add(multiply_adds, threads)

@@ -51,7 +51,7 @@ static size_t part_memory(const plan *p, float *start, memory *m) {
   const size_t key_groups = (size_t)(c->keys.dim / c->keys.group_size);
   const size_t value_groups = value_dim / (size_t)c->values.group_size;
   const size_t key_work = ((size_t)(c->keys.dim * c->keys.bits / 32) + 4 * key_groups) * TILE;
-  const size_t value_work = 2 * value_groups * TILE;
+  const size_t value_work = 4 * value_groups * TILE;
   size_t work = key_work > value_work ? key_work : value_work;
   if (work < (size_t)p->dim + TILE) work = (size_t)p->dim + TILE;
   const size_t sizes[] = {rows * (size_t)p->dim, (size_t)p->dim * TILE, value_dim * TILE, rows * TILE,
@@ -88,12 +88,6 @@ static void load_queries(const plan *p, const piece *w, float *q) {
     to_floats(row_of(&c->rope_queries, w->sequence, head, position), (int)c->rope_query_type, c->rope_dim,
               q + c->keys.dim);
     for (long d = c->keys.dim + c->rope_dim; d < p->dim; d++) q[d] = 0;
-  }
-}
-
-static void transpose_queries(const float *restrict q, long rows, long dim, float *restrict to) {
-  for (long d = 0; d < dim; d++) {
-    for (long r = 0; r < rows; r++) to[d * rows + r] = q[r * dim + d];
   }
 }
 
@@ -169,16 +163,18 @@ static int soften_scores(long rows, float *scores, float *peak, float *total, fl
 static void attend_piece(const plan *p, const piece *w, const memory *m) {
   const call *c = p->c;
   const long value_dim = c->values.dim;
-  const int fuse_keys = !c->rope_dim && can_fuse(&p->keys, w->rows), fuse_values = can_fuse(&p->values, w->rows);
+  const int exact = c->type == FLOAT32, fuse_keys = !c->rope_dim && can_fuse(&p->keys, w->rows, exact);
+  const int fuse_values = can_fuse(&p->values, w->rows, exact);
   load_queries(p, w, m->q);
-  if (fuse_keys) transpose_queries(m->q, w->rows, p->dim, m->keys); /* no tile of keys needs that memory */
+  if (fuse_keys) prepare_fused_queries(&p->keys, m->q, w->rows, m->keys); /* no tile of keys needs that memory */
   memset(m->out, 0, (size_t)(w->rows * value_dim) * sizeof *m->out);
   memset(m->total, 0, (size_t)w->rows * LANES * sizeof *m->total);
   for (long r = 0; r < w->rows; r++) m->peak[r] = -INFINITY;
   for (long first = w->first_key; first < w->end_key; first += TILE) {
     const long count = w->end_key - first < TILE ? w->end_key - first : TILE;
     if (fuse_keys) {
-      fused_score_tile(w->rows, &p->keys, w->sequence, w->kv_head, first, count, m->work, m->keys, m->scores);
+      fused_score_tile(exact, w->rows, &p->keys, w->sequence, w->kv_head, first, count, m->work, m->keys,
+                       m->scores);
     } else {
       unpack_keys(&p->keys, w->sequence, w->kv_head, first, count, m->work, m->keys);
       if (c->rope_dim) load_rope_keys(p, w, first, count, m->work, m->keys + c->keys.dim * TILE);
@@ -187,8 +183,8 @@ static void attend_piece(const plan *p, const piece *w, const memory *m) {
     if (c->mask_kind != NO_MASK || count < TILE) mask_scores(p, w, first, count, m->mask, m->scores);
     if (!soften_scores(w->rows, m->scores, m->peak, m->total, m->decay)) continue;
     if (fuse_values) {
-      fused_output_tile(w->rows, &p->values, w->sequence, w->kv_head, first, count, m->work, m->scores, m->decay,
-                        m->out);
+      fused_output_tile(exact, w->rows, &p->values, w->sequence, w->kv_head, first, count, m->work, m->values,
+                        m->scores, m->decay, m->out);
     } else {
       unpack_values(&p->values, w->sequence, w->kv_head, first, count, m->work, m->values);
       output_tile(w->rows, m->scores, m->decay, m->values, value_dim, count, m->out);

@@ -81,9 +81,19 @@ static void load_scales(const packed *p, long sequence, long head, long first, l
   memset(biases + count * groups, 0, (size_t)((TILE - count) * groups) * 4);
 }
 
-static void transpose_floats(const float *restrict from, long columns, float *restrict to) {
+INLINE void transpose_columns(long columns, const float *restrict from, float *restrict to) {
   for (long c = 0; c < columns; c++) {
     for (long t = 0; t < TILE; t++) to[c * TILE + t] = from[t * columns + c];
+  }
+}
+
+/* [TILE][columns] to [columns][TILE]. The usual numbers of groups become loops of constant strides, which vectorize. */
+static void transpose_floats(const float *restrict from, long columns, float *restrict to) {
+  switch (columns) {
+    case 1: memcpy(to, from, TILE * sizeof *to); break;
+    case 2: transpose_columns(2, from, to); break;
+    case 4: transpose_columns(4, from, to); break;
+    default: transpose_columns(columns, from, to);
   }
 }
 
@@ -302,13 +312,24 @@ INLINE vu value_codes(int bits, const uint8_t *from, int i) {
 #endif
 }
 
-INLINE vf unpack_value_vector(int kind, int bits, const uint8_t *from, int i, vf scale, vf bias) {
+/* Codes as numbers, each lane times a factor of its own that unscaled_factors takes back. */
+INLINE vf unscaled_value_vector(int bits, const uint8_t *from, int i) {
 #if LANES >= 8
-  if (kind == AFFINE && bits == 4) { /* the odd dimension stays in the high half of its byte: no shift */
-    const vi masked = (vi)(spread_bytes(from, i) & nibble_masks());
-    return __builtin_convertvector(masked, vf) * (scale * nibble_factors()) + bias;
-  }
+  if (bits == 4) return to_float(spread_bytes(from, i) & nibble_masks()); /* no shift: odd ones are 16-fold */
 #endif
+  return to_float(value_codes(bits, from, i));
+}
+
+INLINE vf unscaled_factors(int bits) {
+#if LANES >= 8
+  if (bits == 4) return nibble_factors();
+#endif
+  (void)bits;
+  return splat(1);
+}
+
+INLINE vf unpack_value_vector(int kind, int bits, const uint8_t *from, int i, vf scale, vf bias) {
+  if (kind == AFFINE && bits == 4) return unscaled_value_vector(4, from, i) * (scale * unscaled_factors(4)) + bias;
   const vf value = decode(value_codes(bits, from, i), kind);
   return kind == AFFINE ? value * scale + bias : value * scale;
 }
