@@ -22,7 +22,7 @@ from qsdpa_patch.routes import Caller, Router
 
 __all__ = ["READ_AS_ARRAYS", "make_dispatcher", "quantized_scaled_dot_product_attention", "router"]
 
-READ_AS_ARRAYS = "the model's own code works on keys or values between cache and attention: dequantized arrays"
+READ_AS_ARRAYS = "dequantized: the model's own code works on keys or values before attention"
 """Why a call over a quantized cache goes to mlx-lm's attention."""
 
 router = Router()

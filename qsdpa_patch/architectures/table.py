@@ -19,6 +19,7 @@ __all__ = ["TableRow", "architecture_rows", "leaves", "table"]
 
 _FIRST_CHUNK, _NEXT_CHUNK = 29, 19
 _NO_ROUTE = "-"
+_FAILS = "fails: "
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,11 @@ class TableRow:
     prompt: str
     reason: str
 
+    @property
+    def is_failure(self) -> bool:
+        """Whether the architecture does not run."""
+        return self.reason.startswith(_FAILS)
+
 
 def table(architectures: Iterable[str] | None = None, bits: int = 4) -> Iterator[TableRow]:
     """The rows of all architectures, or of those given. The process's report is reset on the way."""
@@ -50,7 +56,7 @@ def table(architectures: Iterable[str] | None = None, bits: int = 4) -> Iterator
         try:
             yield from architecture_rows(architecture, bits)
         except Exception as error:  # one that fails must not hide the others
-            yield TableRow(architecture, _NO_ROUTE, _NO_ROUTE, _NO_ROUTE, _NO_ROUTE, f"fails: {error}")
+            yield TableRow(architecture, _NO_ROUTE, _NO_ROUTE, _NO_ROUTE, _NO_ROUTE, f"{_FAILS}{error}")
 
 
 def architecture_rows(architecture: str, bits: int = 4) -> list[TableRow]:

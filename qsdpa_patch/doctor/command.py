@@ -6,6 +6,7 @@ import argparse
 import json
 from dataclasses import asdict
 
+from qsdpa_patch.doctor import architectures
 from qsdpa_patch.doctor.findings import Finding, all_findings
 
 __all__ = ["add_arguments", "run"]
@@ -17,11 +18,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Say what is installed, what would be patched, which kernels serve which shapes, and what is wrong, with its "
         "fix. The exit status is 1 when something is."
     )
-    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+    architectures.add_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the findings; 1 when one is a problem."""
+    """Print the findings, or the table of architectures; 1 when one is a problem."""
+    if args.architectures is not None:
+        return architectures.run(args.architectures, as_json=args.json)
     findings = list(all_findings())
     problems = [finding for finding in findings if finding.is_problem]
     if args.json:
