@@ -24,6 +24,7 @@ ALL_FORMATS: tuple[Format | None, ...] = (
     Format.affine(4, 128),
     Format.affine(8, 32),
     Format.affine(4, 32, symmetric=True),
+    Format.affine(4, rotated=True),
     *(Format.named(name) for name in FLOAT_FORMATS),
     None,
 )
