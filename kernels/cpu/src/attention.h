@@ -133,31 +133,31 @@ static void mask_scores(const plan *p, const piece *w, long first, long count, f
 }
 
 /* Scores to weights, against the running peak of each row; the running totals and the decay of what is summed so far.
-   False when no weight of the tile is positive. */
+   False when the mask leaves no weight at all. */
 static int soften_scores(long rows, float *scores, float *peak, float *total, float *decay) {
-  int any = 0;
+  float new_peak[MOST_ROWS], highest = -INFINITY;
+  for (long r = 0; r < rows; r++) {
+    vf high = load(scores + r * TILE);
+    UNROLL for (int t = LANES; t < TILE; t += LANES) high = larger(load(scores + r * TILE + t), high);
+    const float tile_peak = lanes_max(high);
+    new_peak[r] = tile_peak > peak[r] ? tile_peak : peak[r];
+    highest = tile_peak > highest ? tile_peak : highest;
+  }
+  if (highest == -INFINITY) return 0;
   for (long r = 0; r < rows; r++, scores += TILE) {
-    vf high = load(scores);
-    UNROLL for (int t = LANES; t < TILE; t += LANES) high = larger(load(scores + t), high);
-    const float tile_peak = lanes_max(high), new_peak = tile_peak > peak[r] ? tile_peak : peak[r];
-    if (new_peak == -INFINITY) {
-      memset(scores, 0, TILE * sizeof *scores);
-      decay[r] = 1;
-      continue;
-    }
-    any = 1;
+    const float shift = new_peak[r] == -INFINITY ? 0 : new_peak[r]; /* every weight is 0 where every score is -inf */
     vf sum = {0};
     UNROLL for (int t = 0; t < TILE; t += LANES) {
-      const vf weight = exp_nonpositive(load(scores + t) - new_peak);
+      const vf weight = exp_nonpositive(load(scores + t) - shift);
       store(scores + t, weight);
       sum += weight;
     }
     decay[r] = 1;
-    if (new_peak > peak[r]) decay[r] = exp_nonpositive(splat(peak[r] - new_peak))[0];
+    if (shift > peak[r]) decay[r] = exp_nonpositive(splat(peak[r] - shift))[0];
     store(total + r * LANES, load(total + r * LANES) * decay[r] + sum);
-    peak[r] = new_peak;
+    peak[r] = new_peak[r];
   }
-  return any;
+  return 1;
 }
 
 static void attend_piece(const plan *p, const piece *w, const memory *m) {
