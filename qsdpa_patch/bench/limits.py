@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 
@@ -12,7 +14,7 @@ from qsdpa_patch.kernels.backends import load_backend
 
 __all__ = ["DeviceLimits", "Work", "measure_device_limits"]
 
-_LARGEST_COPY = {mx.DeviceType.cpu: 256 << 20, mx.DeviceType.gpu: 4 << 30}
+_LARGEST_ARRAY = {mx.DeviceType.cpu: 256 << 20, mx.DeviceType.gpu: 4 << 30}
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class DeviceLimits:
 
     bytes_per_second: of memory.
     multiply_adds_per_second: in float32; ``None`` where it is not measured (on GPUs).
-    threads: that they were measured on; ``None`` where the bytes are those of a copy, read and written.
+    threads: that they were measured on; ``None`` where MLX's own operations were measured.
     """
 
     bytes_per_second: float
@@ -58,36 +60,56 @@ class DeviceLimits:
     def __str__(self) -> str:
         gigabytes = f"{self.bytes_per_second / 1e9:.{0 if self.bytes_per_second > 1e11 else 1}f} GB/s"
         if self.multiply_adds_per_second is None:
-            return f"a large copy reads and writes {gigabytes}"
+            return f"large copies and sums go at up to {gigabytes}"
         rate = f"{self.multiply_adds_per_second / 1e9:.0f} G multiply-adds/s"
         return f"{self.threads} threads read {gigabytes} and do {rate} in float32"
 
 
 def measure_device_limits() -> DeviceLimits:
-    """Measure the default device: a large copy on a GPU; reading and multiply-adds on all cores on the CPU."""
+    """Measure the default device: large copies and sums on a GPU; reading and multiply-adds on all cores on the CPU."""
     if mx.default_device().type == mx.DeviceType.cpu and load_backend("cpu").is_available()[0]:
         from qsdpa_patch.kernels.cpu.limits import measure_limits  # needs the compiled library
 
         cpu = measure_limits()
         return DeviceLimits(cpu.read_bandwidth, cpu.multiply_add_rate, cpu.threads)
-    return DeviceLimits(_copy_bandwidth())
+    return DeviceLimits(_bandwidth())
 
 
-def _copy_bandwidth(repeats: int = 7) -> float:
-    """Bytes per second, read and written, of an elementwise operation of MLX from one large array to another."""
-    x = mx.zeros(_copied_bytes() // 4, mx.float32)
-    mx.eval(x, -x)
+def _bandwidth(repeats: int = 7) -> float:
+    """Bytes per second of memory, through MLX: the better of a large elementwise operation, which reads and writes,
+    and a large sum, which reads. The median of several runs of each.
+    """
+    x = mx.zeros(_measured_bytes() // 4, mx.float32)
+    mx.eval(x)
+    calls = 1 if mx.default_device().type == mx.DeviceType.cpu else 10
+
+    def negate() -> mx.array:
+        y = x
+        for _ in range(calls):
+            y = -y
+        return y
+
+    def add_up() -> list[mx.array]:
+        return [x.sum() for _ in range(calls)]
+
+    copying = 2 * x.nbytes * calls / _median_seconds(negate, repeats)
+    reading = x.nbytes * calls / _median_seconds(add_up, repeats)
+    mx.clear_cache()
+    return max(copying, reading)
+
+
+def _median_seconds(make: Callable[[], Any], repeats: int) -> float:
+    mx.eval(make())
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
-        mx.eval(-x)
+        mx.eval(make())
         times.append(time.perf_counter() - start)
-    mx.clear_cache()
-    return 2 * x.nbytes / statistics.median(times)
+    return statistics.median(times)
 
 
-def _copied_bytes() -> int:
+def _measured_bytes() -> int:
     """More than any cache holds, and a small part of the memory."""
     info = mx.device_info()
     memory = int(info.get("total_memory") or info.get("memory_size") or 16 << 30)
-    return min(_LARGEST_COPY[mx.default_device().type], memory // 16)
+    return min(_LARGEST_ARRAY[mx.default_device().type], memory // 16)

@@ -81,9 +81,11 @@ def _path(
         caches.extend(make())
 
     def run(calls: int) -> None:
-        generate = importlib.import_module("mlx_lm.generate")
-        # generate_step runs the model once more than it yields tokens.
-        for _ in generate.generate_step(prompt, model, max_tokens=calls - 1, prompt_cache=caches):
+        generate_step = importlib.import_module("mlx_lm.generate").generate_step
+        # mlx-lm's own stream is on the device that was the default when it was imported.
+        stream = mx.default_stream(mx.default_device())
+        # It runs the model once more than it yields tokens.
+        for _ in generate_step(prompt, model, stream, max_tokens=calls - 1, prompt_cache=caches):
             pass
         mx.eval([cache.state for cache in caches])
         for cache in caches:

@@ -35,7 +35,8 @@ def test_formats_times_contexts() -> None:
 
 
 def test_keys_and_values_apart() -> None:
-    (case,) = plan("--key-bits", "8", "--value-bits", "mxfp4", "--context", "64", "--value-dim", "64")
+    options = ("--key-bits", "8", "--value-bits", "mxfp4", "--context", "64", "--value-dim", "64", "--dtype", "float32")
+    (case,) = plan(*options)
     assert (case.key_format, case.value_format) == (Format.affine(8, 64), Format.named("mxfp4"))
     assert (case.key_dim, case.value_dim) == (128, 64)
     assert case.label == "B1 Hq32 Hkv8 D128/64 L1, K 8-bit g64, V mxfp4, float32"
