@@ -1,7 +1,8 @@
 """DeepSeek v3 and the models that follow its absorbed MLA: one latent per token serves as keys and values.
 
 DeepSeek v3.2 and its kin also have an indexer, whose cache picks the tokens to attend to: it is read whole at every
-step by the model's own code, so it stays as it is. DeepSeek v4.1 keeps windows, compressed groups and index keys in a
+step by the model's own code, so it stays as it is. The rows that it picks are gathered packed
+(:mod:`qsdpa_patch.row_gathering`). DeepSeek v4.1 keeps windows, compressed groups and index keys in a
 cache of its own, and rounds the windows itself: nothing of it is quantized.
 """
 
@@ -21,7 +22,6 @@ _LATENT = (
     "bailing_hybrid",
     "bailing_moe_v3",
 )
-_GATHERED = "prompts expand the latent, and decoding gathers the rows that the indexer picks, in the model's own code"
 
 
 def _plan_layer(layer: Layer) -> LayerPlan:
@@ -34,6 +34,5 @@ ADAPTER = Adapter(
     name="deepseek",
     model_types=(*_LATENT, "deepseek", "deepseek_v2", "deepseek_v41"),
     latent=_LATENT,
-    own_attention=dict.fromkeys(_INDEXED, _GATHERED),
     plan_layer=_plan_layer,
 )

@@ -11,6 +11,7 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 
+import mlx.core as mx
 import wrapt
 from packaging.version import Version
 
@@ -19,12 +20,14 @@ from qsdpa_patch.dispatcher import router
 from qsdpa_patch.errors import QSDPAWarning
 from qsdpa_patch.logs import configure_from_environment, logger
 from qsdpa_patch.patcher import Patcher
+from qsdpa_patch.row_gathering import GATHERING_MODULES, gathering_namespace
 from qsdpa_patch.settings import DEFAULT_SETTINGS, resolve_settings
 from qsdpa_patch.targets import TARGETS, TESTED_VERSIONS, Target
 
 __all__ = ["disable", "enable", "enabled", "is_enabled", "untested_versions"]
 
 _CACHE_MODULE = "mlx_lm.models.cache"
+_PATCHED_MODULES = frozenset({*(target.module for target in TARGETS), *GATHERING_MODULES})
 
 _lock = threading.RLock()
 _patcher = Patcher()
@@ -74,7 +77,7 @@ def enable(
         for message in untested_versions():
             warnings.warn(f"{message}: only what still fits is patched", QSDPAWarning, stacklevel=2)
         _enabled = True
-        for module in {target.module for target in TARGETS}:
+        for module in _PATCHED_MODULES:
             if module in sys.modules:
                 _patch_module(sys.modules[module])
     _hook_imports()
@@ -136,8 +139,8 @@ def untested_versions() -> list[str]:
 
 @cache
 def _hook_imports() -> None:
-    """Patch each target's module right after its import, before anyone imports from it; once a process."""
-    for module in sorted({target.module for target in TARGETS}):
+    """Patch each module right after its import, before anyone imports from it; once a process."""
+    for module in sorted(_PATCHED_MODULES):
         wrapt.register_post_import_hook(_patch_if_enabled, module)
 
 
@@ -157,6 +160,8 @@ def _patch_module(module: ModuleType) -> None:
             _patch_target(module, target)
     if module.__name__ == _CACHE_MODULE:
         _add_saved_classes(module)
+    if module.__name__ in GATHERING_MODULES and vars(module).get("mx") is mx:
+        _patcher.add(module, "mx", gathering_namespace())
 
 
 def _add_saved_classes(cache_module: ModuleType) -> None:

@@ -50,7 +50,7 @@ def make_dispatcher(original: Callable[..., mx.array]) -> Callable[..., mx.array
     ) -> mx.array:
         if type(keys) is array and type(values) is array:
             module = frame(1).f_globals["__name__"]
-            if hasattr(cache, "key_format"):  # a quantized cache of ours
+            if hasattr(cache, "key_format") or (hasattr(cache, "caches") and _holds_quantized(cache)):
                 _record_arrays(queries, keys, _caller(cache, module))
             else:
                 stock_calls[module] = stock_calls.get(module, 0) + 1
@@ -108,11 +108,15 @@ def quantized_scaled_dot_product_attention(
 
 
 def _caller(cache: Any, module: str) -> Caller:
-    tag = tag_of(cache)
+    tag = tag_of(cache.caches[0] if hasattr(cache, "caches") else cache)  # DeepSeek v3.2 hands over the list
     if tag is not None:
         return Caller(tag.model_type, tag.kind)
     kind = "shared" if cache is None else kind_of(cache)
     return Caller(module.removeprefix("mlx_lm.models."), kind)
+
+
+def _holds_quantized(cache: Any) -> bool:
+    return any(hasattr(member, "key_format") for member in cache.caches)
 
 
 def _record_arrays(queries: mx.array, keys: mx.array, caller: Caller) -> None:
