@@ -10,6 +10,7 @@ from mlx_lm.models import cache as mlx_lm_cache
 
 import qsdpa_patch
 from qsdpa_patch.bench.cases import Case, dtype_name, random_rows, stock_format
+from qsdpa_patch.bench.chaining import SUBMITTED_TOGETHER, submit
 from qsdpa_patch.bench.measurement import OURS, TimedPath
 
 __all__ = ["append_paths"]
@@ -41,7 +42,9 @@ def _path(name: str, case: Case, make: Callable[[], Any]) -> TimedPath:
 
     def run(calls: int) -> Any:
         (cache,) = filled
-        for _ in range(calls):
+        for number in range(calls):
+            if number % SUBMITTED_TOGETHER == SUBMITTED_TOGETHER - 1:
+                submit(cache.state)
             cache.update_and_fetch(keys, values)
         written = cache.state
         cache.trim(calls * case.query_length)

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import mlx.core as mx
 
-__all__ = ["chained"]
+__all__ = ["SUBMITTED_TOGETHER", "chained", "submit"]
+
+SUBMITTED_TOGETHER = 8
+"""Calls after which the device sets to work on them while the host goes on, as in generation from token to token."""
+
+submit: Callable[[Any], None] = mx.async_eval  # its stub has no types
 
 S = TypeVar("S")
 
@@ -25,7 +30,9 @@ def chained(
     def run(calls: int) -> mx.array:
         # A new object, because mlx-lm's path scales its queries in place.
         out = attend(queries[:], next(rotation))
-        for _ in range(calls - 1):
+        for number in range(1, calls):
+            if number % SUBMITTED_TOGETHER == 0:
+                submit(out)
             out = attend(_as_queries(out, queries), next(rotation))
         return out
 
