@@ -90,6 +90,12 @@ class QuantizedTensor(mx.array):
             codes, scales, biases[0] if biases else None, self.format, dim=self.dim, dtype=self.dtype
         )
 
+    def astype(self, dtype: mx.Dtype, stream: Any = None) -> mx.array:
+        """The same packed values, read in another floating-point dtype; in any other dtype a plain array."""
+        if dtype not in _SCALE_DTYPES:
+            return super().astype(dtype, stream=stream)
+        return QuantizedTensor(self.codes, self.scales, self.biases, self.format, dim=self.dim, dtype=dtype)
+
     def dequantize(self, dtype: mx.Dtype | None = None, *, stored: bool = False) -> mx.array:
         """The values as a plain array ``[..., N, dim]``, computed in ``dtype`` (by default the tensor's own).
 

@@ -58,7 +58,7 @@ def run(model: Any, tokens: mx.array, *, bits: int | None = None, twins: list[An
 
 def _parts(tokens: mx.array) -> Iterator[mx.array]:
     start = 0
-    for length in (*CHUNKS, *[1] * DECODED):
+    for length in (*CHUNKS, *[1] * (tokens.shape[1] - sum(CHUNKS))):
         yield tokens[:, start : start + length]
         start += length
 
