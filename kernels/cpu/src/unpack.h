@@ -50,6 +50,12 @@ INLINE vf decode_minifloat(vu code, int mantissa, int exponent_bias, int bits) {
 }
 
 INLINE vf decode(vu code, int kind) {
+#if LANES == 16 && !defined(__clang__) /* clang looks lanes up one by one */
+  if (kind == E2M1) {
+    const vf numbers = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -0.5f, -1, -1.5f, -2, -3, -4, -6};
+    return __builtin_shuffle(numbers, (vi)code);
+  }
+#endif
   if (kind == E2M1) return decode_minifloat(code, 1, 1, 4);
   if (kind == E4M3) return decode_minifloat(code, 3, 7, 8);
   return to_float(code);
@@ -228,7 +234,7 @@ static void unpack_keys(const packed *p, long sequence, long head, long first, l
 
 /* ---- values ---- */
 
-INLINE uint64_t bytes_at(const uint8_t *p, int count) {
+INLINE uint64_t bytes_at(const uint8_t *p, int count) { /* 2, 4 or 8 */
   uint64_t x = 0;
   memcpy(&x, p, (size_t)count);
   return x;
@@ -236,7 +242,9 @@ INLINE uint64_t bytes_at(const uint8_t *p, int count) {
 
 /* The first or second eight of sixteen dimensions, in the low bits of the result. Reads nothing but the sixteen. */
 INLINE uint64_t eight_codes(const uint8_t *sixteen, int second, int bits) {
-  if (2 * bits < 8) return bytes_at(sixteen, 2 * bits) >> (second ? 8 * bits : 0);
+  if (bits == 3) { /* six bytes, in two loads: put together byte by byte they would be slow to load as one */
+    return (bytes_at(sixteen, 4) | bytes_at(sixteen + 4, 2) << 32) >> (second ? 24 : 0);
+  }
   return second ? bytes_at(sixteen + 2 * bits - 8, 8) >> (64 - 8 * bits) : bytes_at(sixteen, 8);
 }
 
