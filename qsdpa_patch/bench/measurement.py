@@ -49,7 +49,8 @@ class Measurement:
     """What was measured of one path.
 
     samples: seconds per call, one for each run of ``calls_per_run`` calls.
-    host_samples: on a GPU, the part of them that passed before the results were waited for: building the graph.
+    host_samples: on a GPU, the part of them that passed before the last result was waited for:
+        building graphs and submitting them.
     peak_bytes: most memory that MLX held during one call, above what was there before.
     route, reason: what the report counted: the route through qsdpa_patch and, unless fused, why.
     difference: of our result from that of :data:`DEQUANTIZED` on the same inputs, the largest over the largest
