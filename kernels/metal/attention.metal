@@ -1,3 +1,14 @@
+// Where the mask of a query row begins. Dims of size 1 broadcast.
+inline int64_t offset_in_mask(
+    const constant int* shape,
+    const constant int64_t* strides,
+    int batch,
+    int head,
+    int position) {
+  return (shape[0] == 1 ? 0 : batch * strides[0]) + (shape[1] == 1 ? 0 : head * strides[1]) +
+      (shape[2] == 1 ? 0 : position * strides[2]);
+}
+
 // The two products of attention, on fragments.
 //
 // Scores: queries (rows x dims) times keys (dims x keys). A contraction may be permuted freely, so a chunk of 64 dims is
@@ -57,5 +68,18 @@ inline void add_values(
         }
       }
     }
+  }
+}
+
+// The sums of COUNT values over the two lanes that differ in the bit MASK. Each of them gets the half of the sums that
+// its bit selects, in the first half of `v`: half as many exchanges as values.
+template <int COUNT, int MASK>
+inline void fold(thread float* v, uint lane) {
+  const bool upper = (lane & MASK) != 0;
+  MLX_MTL_PRAGMA_UNROLL
+  for (int j = 0; j < COUNT / 2; j++) {
+    const float keep = upper ? v[j + COUNT / 2] : v[j];
+    const float give = upper ? v[j] : v[j + COUNT / 2];
+    v[j] = keep + simd_shuffle_xor(give, ushort(MASK));
   }
 }

@@ -1,6 +1,7 @@
 """Fused attention over quantized keys and values on Apple GPUs, through ``mx.fast.metal_kernel``.
 
-See ``kernels/backends.py`` for what a backend is, and ``decode.metal`` for how the kernel works.
+See ``kernels/backends.py`` for what a backend is, ``plan.py`` for the kinds of kernel, and the Metal sources beside it
+for how they work.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from qsdpa_patch.kernels.attention_call import AttentionCall, Signature
 from qsdpa_patch.kernels.dequantized_sdpa import has_fused_sdpa
 from qsdpa_patch.kernels.format import Format
 from qsdpa_patch.kernels.metal import first_use, sources
-from qsdpa_patch.kernels.metal.plan import MAX_SPLITS, Family, core_count, family_of, plan_launch
+from qsdpa_patch.kernels.metal.plan import MAX_SPLITS, Family, Kind, core_count, family_of, plan_launch
 
 __all__ = ["attend", "has_fused_kernel", "is_available"]
 
@@ -152,10 +153,10 @@ def _template(family: Family) -> list[tuple[str, int | bool]]:
         ("KEY_DIM", signature.key_dim),
         ("VALUE_DIM", signature.value_dim),
         ("ROPE_DIM", signature.rope_dim),
-        ("ROW_TILES", family.row_tiles),
-        ("KEY_TILES", family.key_tiles),
+        ("ROWS", family.rows),
+        ("TILE", family.tile),
         ("SIMDGROUPS", family.simdgroups),
-        ("TEAM", family.team),
+        ("TEAM", family.kind is Kind.TEAM),
     ]
     for name, format in (("KEY", signature.key_format), ("VALUE", signature.value_format)):
         arguments += [
@@ -173,7 +174,7 @@ def _decode_kernel(family: Family, split: bool) -> Callable[..., list[mx.array]]
         input_names=_input_names(family.signature, split),
         output_names=["partials", "stats"] if split else ["output"],
         header=sources.decode_header(family.signature, split),
-        source=sources.decode_body(),
+        source=sources.decode_body(family.kind is Kind.FEW_ROWS),
         ensure_row_contiguous=False,
     )
 

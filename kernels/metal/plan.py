@@ -3,37 +3,46 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 from functools import cache
 
 import mlx.core as mx
 
 from qsdpa_patch.kernels.attention_call import Signature
 
-__all__ = ["MAX_SPLITS", "Family", "Launch", "core_count", "family_of", "plan_launch"]
+__all__ = ["MAX_SPLITS", "Family", "Kind", "Launch", "core_count", "family_of", "plan_launch"]
 
 MAX_SPLITS = 256
 KEYS_PER_SPLIT = 256
 """A split has at least so many keys; up to twice as many are one split, and one launch."""
 _THREADGROUPS_PER_CORE = 4
+_FEW_ROWS = 4
 _OUTPUT_REGISTERS = 64
 """Registers of a lane that hold sums of the output; what else a lane keeps takes about as many."""
 _CORES = {"p": 6, "g": 16, "s": 40, "d": 76}
 """Cores by the last letter of an architecture's name, which tells phone, base or Pro, Max and Ultra apart."""
 
 
+class Kind(Enum):
+    """Which kernel, by the number of rows (query head, position) that share a key head, and the output's size."""
+
+    FEW_ROWS = "few rows"  # up to 4: ordinary multiply-adds
+    ALONE = "alone"  # matrix products, where a simdgroup can hold the whole output of its rows
+    TEAM = "team"  # matrix products, with the output's dims shared out over the simdgroups
+
+
 @dataclass(frozen=True)
 class Family:
     """All that a compiled kernel depends on, apart from the dtypes of its inputs.
 
-    A threadgroup takes ``8 * row_tiles`` rows (query head, position) of a key head; one of its ``simdgroups`` takes
-    ``8 * key_tiles`` keys at a time. ``team``: the simdgroups share out the output's dims, because one cannot hold all.
+    A threadgroup takes ``rows`` rows of a key head; one of its ``simdgroups`` takes ``tile`` keys at a time.
     """
 
     signature: Signature  # without batch, heads and length, which are read from the shapes
-    row_tiles: int
-    key_tiles: int
+    kind: Kind
+    rows: int
+    tile: int
     simdgroups: int
-    team: bool
 
 
 @dataclass(frozen=True)
@@ -56,25 +65,25 @@ def core_count() -> int:
 @cache
 def family_of(signature: Signature) -> Family:
     """The kernel for calls of ``signature``."""
-    row_tiles = -(-signature.query_heads // signature.kv_heads * signature.query_length // 8)
-    chunks = signature.value_dim // 32
+    rows = signature.query_heads // signature.kv_heads * signature.query_length
     static = signature._replace(batch=0, query_heads=0, kv_heads=0, query_length=0)
+    if rows <= _FEW_ROWS and signature.value_dim in (64, 128, 256) and not signature.rope_dim:
+        return Family(static, Kind.FEW_ROWS, rows, tile=32, simdgroups=4)
+    row_tiles, chunks = -(-rows // 8), signature.value_dim // 32
     if row_tiles * chunks * 8 <= _OUTPUT_REGISTERS:
-        return Family(static, row_tiles, max(1, 4 // row_tiles), simdgroups=4, team=False)
+        return Family(static, Kind.ALONE, 8 * row_tiles, tile=8 * max(1, 4 // row_tiles), simdgroups=4)
     per_simdgroup = -(-chunks // 8)
-    simdgroups = -(-chunks // per_simdgroup)
     most = _OUTPUT_REGISTERS // (8 * per_simdgroup)
     if row_tiles > 2 * most:  # prefill: one kernel, whatever the number of rows
         row_tiles = most
     else:
         row_tiles = -(-row_tiles // -(-row_tiles // most))
-    return Family(static, row_tiles, 2 if row_tiles <= 2 else 1, simdgroups, team=True)
+    return Family(static, Kind.TEAM, 8 * row_tiles, 16 if row_tiles <= 2 else 8, -(-chunks // per_simdgroup))
 
 
 def plan_launch(signature: Signature, family: Family, count: int, cores: int) -> Launch:
     """The launch for a call with ``count`` keys: enough threadgroups to fill the device, none with too few keys."""
-    rows = signature.query_heads // signature.kv_heads * signature.query_length
-    blocks = -(-rows // (8 * family.row_tiles))
+    blocks = -(-(signature.query_heads // signature.kv_heads * signature.query_length) // family.rows)
     threadgroups = signature.batch * signature.kv_heads * blocks
     wanted = -(-cores * _THREADGROUPS_PER_CORE // threadgroups)
     return Launch(max(1, min(wanted, count // KEYS_PER_SPLIT, MAX_SPLITS)), blocks)

@@ -27,8 +27,8 @@ def _read(name: str) -> str:
     return "\n".join(line.strip() for line in text.splitlines() if line.strip()) + "\n"
 
 
-def decode_body() -> str:
-    return _read("decode.metal")
+def decode_body(few_rows: bool) -> str:
+    return _read("prologue.metal") + _read("few_rows.metal" if few_rows else "matrix.metal")
 
 
 def merge_body() -> str:

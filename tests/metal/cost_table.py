@@ -8,7 +8,7 @@ Per number of K and V (a head dim of one key of one key head) and for all of its
   float keys may read a byte several times in a threadgroup; that is counted in ``reads``;
 - unpack, float, widen, exp: instructions by kind (``emulator/instructions.py``); matrix: multiply-adds of 8x8 products,
   of which one simdgroup instruction has 512;
-- reductions: SIMD-group reductions and exchanges per key and query head; barriers per 1024 keys of a threadgroup;
+- reductions: SIMD-group reductions and exchanges per key and query head; barriers of a threadgroup, all in all;
 - shared: bytes of threadgroup memory.
 """
 
@@ -64,18 +64,25 @@ class Row:
         return self.unpack + self.float_ops + self.widen + self.exp + self.matrix
 
     def __str__(self) -> str:
-        return (
-            f"| {self.name:34} | {self.bytes_ratio:5.3f} | {self.reads:5.2f} "
-            f"| {self.unpack:5.2f} | {self.float_ops:6.2f} | {self.widen:5.2f} | {self.exp:5.3f} | {self.matrix:6.1f} | {self.lane_operations:6.1f} "
-            f"| {self.reductions:6.3f} | {self.barriers:6.1f} | {self.threadgroup_memory:6} |"
-        )
+        counts = [
+            f"{self.bytes_ratio:5.3f}",
+            f"{self.reads:5.2f}",
+            f"{self.unpack:6.2f}",
+            f"{self.float_ops:6.2f}",
+            f"{self.widen:5.2f}",
+            f"{self.exp:5.3f}",
+            f"{self.matrix:6.1f}",
+            f"{self.lane_operations:6.1f}",
+            f"{self.reductions:10.3f}",
+            f"{self.barriers:8.0f}",
+            f"{self.threadgroup_memory:6}",
+        ]
+        return f"| {self.name:34} | {' | '.join(counts)} |"
 
 
 HEADER = (
-    "| decode step                        | bytes | reads | unpack | float | widen | exp   | matrix | total  "
-    "| reductions | barriers | shared |\n"
-    "|------------------------------------|------:|------:|------:|-------:|------:|------:|-------:|-------:"
-    "|-------:|-------:|-------:|"
+    f"| {'decode step':34} | bytes | reads | unpack | float  | widen | exp   | matrix | total  | reductions | barriers "
+    f"| shared |\n|{'-' * 36}|{'|'.join('-' * (n + 1) + ':' for n in (5, 5, 6, 6, 5, 5, 6, 6, 10, 8, 6))}|"
 )
 
 
@@ -137,7 +144,7 @@ def _row(name: str, traced: Cost, counted: Cost, parts: tuple[str, ...], packed:
         exp=kinds["exp"],
         matrix=traced.ops.get("matrix", 0) * 512 / numbers,
         reductions=traced.simd_reductions / (COUNT * heads),
-        barriers=traced.threadgroup_barriers * 1024 / COUNT / traced.threadgroups,
+        barriers=traced.threadgroup_barriers / traced.threadgroups,
         threadgroup_memory=traced.threadgroup_memory_bytes,
     )
 

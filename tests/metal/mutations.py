@@ -19,12 +19,27 @@ from tests.metal.emulator import MetalError
 __all__ = ["MUTATIONS", "Mutation", "caught_by"]
 
 _BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);\n"
-_SMALL = Case(seed=1, kv_heads=2, group=3, count=75, capacity=90, mask="bool", sinks=True)
+_SMALL = Case(seed=1, kv_heads=2, group=5, count=75, capacity=90, mask="bool", sinks=True)
 _CAUSAL = Case(seed=2, group=3, length=5, count=70, capacity=70, mask="causal", key_dim=96, value_dim=96,
                key_format=Format.affine(5, 32), value_format=Format.affine(3, 32))  # fmt: skip
 _TEAM = Case(seed=3, group=16, count=75, capacity=90, key_dim=64, value_dim=256, batch=2)
 _MLA = Case(seed=4, kv_heads=1, group=20, count=75, capacity=90, key_dim=256, value_dim=256, rope_dim=64)
-_FLOAT4 = Case(seed=5, count=70, capacity=70, key_format=Format.named("mxfp4"), value_format=Format.named("nvfp4"))
+_FLOAT4 = Case(
+    seed=5, group=5, count=70, capacity=70, key_format=Format.named("mxfp4"), value_format=Format.named("nvfp4")
+)
+_FEW = Case(
+    seed=7,
+    kv_heads=2,
+    group=2,
+    length=2,
+    count=140,
+    capacity=150,
+    batch=2,
+    key_dim=96,
+    value_dim=128,
+    mask="causal",
+    sinks=True,
+)
 _ONE_KEY = Case(seed=6, kv_heads=1, count=1, capacity=1, key_dim=32, value_dim=32,
                 key_format=Format.affine(5, 32), value_format=Format.affine(5, 32))  # fmt: skip
 
@@ -77,7 +92,7 @@ MUTATIONS = (
     ),
     Mutation(
         "pack read past the end of a row",
-        "decode.metal",
+        "matrix.metal",
         "pack < KEY_DIM / 8",
         "pack < KEY_DIM / 8 + 4",
         "slice|out-of-bounds|wrong",
@@ -88,20 +103,20 @@ MUTATIONS = (
     ),
     Mutation(
         "keys beyond the last are read",
-        "decode.metal",
+        "matrix.metal",
         "min(tile + 8 * k + at.column + i, count - 1)",
         "tile + 8 * k + at.column + i",
         "slice|out-of-bounds",
     ),
     Mutation(
         "values beyond the last are read",
-        "decode.metal",
+        "matrix.metal",
         "min(tile + 8 * k + at.row, count - 1)",
         "tile + 8 * k + at.row",
         "slice|out-of-bounds",
     ),
     Mutation(
-        "keys beyond the last count", "decode.metal", "bool visible = key < end;", "bool visible = true;", "wrong"
+        "keys beyond the last count", "matrix.metal", "bool visible = key < end;", "bool visible = true;", "wrong"
     ),
     Mutation(
         "4-bit floats without their sign",
@@ -116,7 +131,7 @@ MUTATIONS = (
     ),
     Mutation(
         "causal mask off by one",
-        "decode.metal",
+        "matrix.metal",
         "key <= count - length + position[r]",
         "key < count - length + position[r]",
         "wrong",
@@ -124,45 +139,47 @@ MUTATIONS = (
     ),
     Mutation(
         "causal mask of one row for all",
-        "decode.metal",
+        "matrix.metal",
         "position[r] = row % length;",
         "position[r] = 0;",
         "wrong",
         _CAUSAL,
     ),
     Mutation(
-        "mask of the first batch for all",
-        "decode.metal",
-        "mask_shape[1] == 1 ? 0 : head",
-        "mask_shape[1] == 1 ? 0 : kv_head",
+        "mask of the first head for all",
+        "attention.metal",
+        "shape[1] == 1 ? 0 : head * strides[1]",
+        "0",
         "wrong",
     ),
     Mutation(
         "stride of keys ignored",
-        "decode.metal",
+        "matrix.metal",
         "key_codes_head + key * key_codes_strides[2]",
         "key_codes_head + key * (KEY_DIM * KEY_BITS / 64)",
         "wrong",
     ),
     Mutation(
         "head stride of a dense buffer",
-        "decode.metal",
+        "prologue.metal",
         "kv_head * key_codes_strides[1]",
         "kv_head * count * key_codes_strides[2]",
         "slice|wrong",
     ),
-    Mutation("batch stride of values ignored", "decode.metal", "batch * value_scales_strides[0]", "0", "wrong", _TEAM),
-    Mutation("scores not scaled", "decode.metal", "scores[r][k] *= scale;", "", "wrong"),
+    Mutation(
+        "batch stride of values ignored", "prologue.metal", "batch * value_scales_strides[0]", "0", "wrong", _TEAM
+    ),
+    Mutation("scores not scaled", "matrix.metal", "scores[r][k] *= scale;", "", "wrong"),
     Mutation(
         "rope term scaled too",
-        "decode.metal",
+        "matrix.metal",
         "load_query<ROPE_DIM>(rope_queries",
         "load_query<ROPE_DIM>(queries",
         "out-of-bounds|wrong",
         _MLA,
     ),
-    Mutation("running sum not rescaled", "decode.metal", "total[r] *= decay;", "", "wrong", _CAUSAL),
-    Mutation("output not rescaled", "decode.metal", "out[r * 4 * CHUNKS + i] *= decay;", "", "wrong", _CAUSAL),
+    Mutation("running sum not rescaled", "matrix.metal", "total[r] *= decay;", "", "wrong", _CAUSAL),
+    Mutation("output not rescaled", "matrix.metal", "out[r * 4 * CHUNKS + i] *= decay;", "", "wrong", _CAUSAL),
     Mutation(
         "peak of half of the lanes",
         "fragments.metal",
@@ -186,7 +203,7 @@ MUTATIONS = (
     ),
     Mutation(
         "no barrier after the peaks",
-        "decode.metal",
+        "matrix.metal",
         "new_peak[r];\n}\n}\n" + _BARRIER,
         "new_peak[r];\n}\n}\n",
         "uninitialised threadgroup",
@@ -194,7 +211,7 @@ MUTATIONS = (
     ),
     Mutation(
         "no barrier after the weights",
-        "decode.metal",
+        "matrix.metal",
         "scores[r][k][1];\n}\n}\n" + _BARRIER,
         "scores[r][k][1];\n}\n}\n",
         "uninitialised threadgroup",
@@ -202,7 +219,7 @@ MUTATIONS = (
     ),
     Mutation(
         "no barrier between two parts of the output",
-        "decode.metal",
+        "matrix.metal",
         "= Output(sum);\n}\n}\n" + _BARRIER,
         "= Output(sum);\n}\n}\n",
         "race",
@@ -210,7 +227,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a barrier that a part of the threads reaches",
-        "decode.metal",
+        "matrix.metal",
         "if (!TEAM && tile >= end) {",
         "if (tile >= end) {",
         "barrier",
@@ -225,19 +242,86 @@ MUTATIONS = (
     ),
     Mutation(
         "rows past the last are stored",
-        "decode.metal",
+        "matrix.metal",
         "&& first_row + row < row_count) {",
         ") {",
         "stored by two|out-of-bounds|race|wrong",
     ),
     Mutation(
         "the last unit of the output left out",
-        "decode.metal",
+        "matrix.metal",
         "if (unit < ROW_TILES * VALUE_CHUNKS && first_row",
         "if (unit + 1 < ROW_TILES * VALUE_CHUNKS && first_row",
         "never written",
     ),
-    Mutation("sink left out of the sum", "decode.metal", "sum += fast::exp(sink - common);", "", "wrong"),
+    Mutation("sink left out of the sum", "matrix.metal", "sum += fast::exp(sink - common);", "", "wrong"),
+    Mutation(
+        "few rows: sums of the wrong lanes", "few_rows.metal", "fold<4 * ROWS, 4>", "fold<4 * ROWS, 8>", "wrong", _FEW
+    ),
+    Mutation(
+        "few rows: sums folded in another order",
+        "few_rows.metal",
+        "at.row % 4) + at.column",
+        "at.row / 2) + at.column",
+        "race",
+        _FEW,
+    ),
+    Mutation(
+        "few rows: half of a sum",
+        "attention.metal",
+        "keep + simd_shuffle_xor(give, ushort(MASK))",
+        "keep",
+        "wrong",
+        _FEW,
+    ),
+    Mutation(
+        "few rows: no barrier before the weights are read",
+        "few_rows.metal",
+        "= weight;\n}\nsimdgroup_barrier(mem_flags::mem_threadgroup);\n",
+        "= weight;\n}\n",
+        "race|uninitialised",
+        _FEW,
+    ),
+    Mutation(
+        "few rows: no barrier before the weights are replaced",
+        "few_rows.metal",
+        "simdgroup_barrier(mem_flags::mem_threadgroup);\n}\n",
+        "}\n",
+        "race",
+        _FEW,
+    ),
+    Mutation(
+        "few rows: no barrier in the merge",
+        "few_rows.metal",
+        "}\nthreadgroup_barrier(mem_flags::mem_threadgroup);\n",
+        "}\n",
+        "race|uninitialised",
+        _FEW,
+    ),
+    Mutation(
+        "few rows: values of the next key",
+        "few_rows.metal",
+        "min(tile + k, count - 1)",
+        "min(tile + k + 1, count - 1)",
+        "wrong",
+        _FEW,
+    ),
+    Mutation(
+        "few rows: lanes not merged",
+        "few_rows.metal",
+        "k < KEYS_AT_ONCE; k++",
+        "k < KEYS_AT_ONCE - 1; k++",
+        "wrong",
+        _FEW,
+    ),
+    Mutation(
+        "few rows: one position for all rows",
+        "few_rows.metal",
+        "const int position = r % length;",
+        "const int position = 0;",
+        "wrong",
+        _FEW,
+    ),
     Mutation("sink left out of the merge", "merge.metal", "total += fast::exp(sink - peak);", "", "wrong"),
     Mutation(
         "merge reads a split too many",
@@ -257,7 +341,7 @@ MUTATIONS = (
     ),
     Mutation(
         "more threadgroup memory than there is",
-        "decode.metal",
+        "matrix.metal",
         "constexpr int UNITS = 2;",
         "constexpr int UNITS = 16;",
         "exceeds the 32768-byte limit",

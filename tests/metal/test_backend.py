@@ -164,8 +164,8 @@ def test_launches_are_within_bounds(cores: int, count: int) -> None:
         family = plan.family_of(signature)
         launch = plan.plan_launch(signature, family, count, cores)
         rows = signature.query_heads // signature.kv_heads * signature.query_length
-        assert 8 * family.row_tiles * launch.blocks >= rows
-        assert 8 * family.row_tiles * (launch.blocks - 1) < rows
+        assert family.rows * launch.blocks >= rows
+        assert family.rows * (launch.blocks - 1) < rows
         assert 1 <= launch.splits <= plan.MAX_SPLITS
         assert launch.splits == 1 or count // launch.splits >= plan.KEYS_PER_SPLIT
         assert 32 * family.simdgroups <= 256

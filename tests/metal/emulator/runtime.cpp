@@ -90,7 +90,8 @@ struct alignas(16) Slot {
 
 struct SimdGroup {
   u32 first, size;
-  u32 epoch;  // of its SIMD-group functions and barriers; slots alternate between two epochs
+  u32 epoch;         // SIMD-group functions and barriers passed; slots alternate between two epochs
+  u32 memory_epoch;  // barriers passed: what orders accesses of its lanes to threadgroup memory
   u32 active[2];
   Slot in[2][32], out[2][32];
 };
@@ -164,14 +165,14 @@ static std::vector<Shadow> shadow;
 static inline bool concurrent(u32 thread, u32 epoch, u32 simdgroup, u32 simd_epoch) {
   if (!thread || thread == current->ids.index_in_threadgroup + 1 || epoch != barrier_epoch) return false;
   u32 mine = current->ids.simdgroup;
-  return !(simdgroup == mine && simd_epoch != simdgroups[mine].epoch);
+  return !(simdgroup == mine && simd_epoch != simdgroups[mine].memory_epoch);
 }
 
 template <bool STORE>
 static void check_race(u64 offset) {
   const char* what = STORE ? "store" : "load";
   u32 thread = current->ids.index_in_threadgroup + 1, simdgroup = current->ids.simdgroup;
-  u32 simd_epoch = simdgroups[simdgroup].epoch;
+  u32 simd_epoch = simdgroups[simdgroup].memory_epoch;
   Shadow& s = shadow[offset];
   if (concurrent(s.store_thread, s.store_epoch, s.store_simdgroup, s.store_simd_epoch))
     fail("threadgroup-memory race: %s after store by thread %u without a barrier (offset %lu)", what,
@@ -390,8 +391,12 @@ static void resolve(SimdGroup& g) {
   }
   u32 e = g.epoch & 1, op = first->op == SIMD_BARRIER ? SIMD_BARRIER : first->op & 63;
   g.active[e] = active;
-  if (op == SIMD_BARRIER) stats->simdgroup_barriers++;
-  else stats->ops[op]++;
+  if (op == SIMD_BARRIER) {
+    stats->simdgroup_barriers++;
+    g.memory_epoch++;
+  } else {
+    stats->ops[op]++;
+  }
   if (op != SIMD_BARRIER && first->op & 64) {
     if (op == MATRIX) compute_matrix_product(g, e);
     else compute_reduction(g, e, op, active);
@@ -466,7 +471,7 @@ static void run_threadgroup() {
   for (u32 s = 0; s < groups; s++) {
     simdgroups[s].first = s * 32;
     simdgroups[s].size = std::min(32u, count - s * 32);
-    simdgroups[s].epoch = 0;
+    simdgroups[s].epoch = simdgroups[s].memory_epoch = 0;
   }
   stats->simdgroups += groups;
   stats->threads += count;

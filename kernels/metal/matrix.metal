@@ -1,42 +1,18 @@
-  // One threadgroup: one split of the keys of one key head, for up to 8 * ROW_TILES of the rows (query head, position)
-  // that share it. TEAM false: each simdgroup takes tiles of keys of its own, keeps the whole output in registers, and
-  // they are merged at the end. TEAM true: the output's dims are shared out over the simdgroups, which exchange their
-  // weights at each tile.
-  constexpr int ROWS = 8 * ROW_TILES;
-  constexpr int TILE = 8 * KEY_TILES;  // keys that a simdgroup takes at a time
+  // Attention with 8x8 matrix products, for any number of rows. TEAM false: each simdgroup takes tiles of keys of its
+  // own, keeps the whole output in registers, and they are merged at the end. TEAM true: the output's dims are shared
+  // out over the simdgroups, which exchange their weights at each tile.
+  constexpr int ROW_TILES = ROWS / 8;
+  constexpr int KEY_TILES = TILE / 8;
   constexpr int VALUE_CHUNKS = VALUE_DIM / 32;
   constexpr int CHUNKS = TEAM ? (VALUE_CHUNKS + SIMDGROUPS - 1) / SIMDGROUPS : VALUE_CHUNKS;  // of one simdgroup
   constexpr int WEIGHT_FRAGMENTS = TEAM ? SIMDGROUPS * KEY_TILES * ROW_TILES : 1;
   constexpr int UNITS = 2;  // chunks of output merged at a time
   constexpr int SHARED = TEAM ? WEIGHT_FRAGMENTS * 64 : SIMDGROUPS * UNITS * 256;
 
+  constexpr int STEP = SIMDGROUPS * TILE;
   threadgroup float shared[SHARED];
   threadgroup float peaks[SIMDGROUPS * ROWS];
   threadgroup float totals[SIMDGROUPS * ROWS];
-
-  const int lane = int(thread_index_in_simdgroup);
-  const int simdgroup = int(simdgroup_index_in_threadgroup);
-  const FragmentPosition at = fragment_position(lane);
-
-  const int query_heads = queries_shape[1];
-  const int length = queries_shape[2];
-  const int kv_heads = key_codes_shape[1];
-  const int count = key_codes_shape[2];
-  const int group = query_heads / kv_heads;
-  const int row_count = group * length;
-  const int blocks = (row_count + ROWS - 1) / ROWS;
-  const int splits = int(threadgroups_per_grid.x);
-  const int split = int(threadgroup_position_in_grid.x);
-  const int kv_head = int(threadgroup_position_in_grid.y) / blocks;
-  const int first_row = (int(threadgroup_position_in_grid.y) % blocks) * ROWS;
-  const int batch = int(threadgroup_position_in_grid.z);
-
-  const auto key_codes_head = key_codes + batch * key_codes_strides[0] + kv_head * key_codes_strides[1];
-  const auto key_scales_head = key_scales + batch * key_scales_strides[0] + kv_head * key_scales_strides[1];
-  const auto key_biases_head = key_biases + batch * key_biases_strides[0] + kv_head * key_biases_strides[1];
-  const auto value_codes_head = value_codes + batch * value_codes_strides[0] + kv_head * value_codes_strides[1];
-  const auto value_scales_head = value_scales + batch * value_scales_strides[0] + kv_head * value_scales_strides[1];
-  const auto value_biases_head = value_biases + batch * value_biases_strides[0] + kv_head * value_biases_strides[1];
 
   // Rows past the last are computed as copies of it and not stored.
   int64_t row_of_output[ROW_TILES];
@@ -52,8 +28,7 @@
     row_of_output[r] = (int64_t(batch) * query_heads + kv_head * group) * length + row;
 #if HAS_MASK
     const int head = kv_head * group + row / length;
-    mask_offset[r] = (mask_shape[0] == 1 ? 0 : batch * mask_strides[0]) +
-        (mask_shape[1] == 1 ? 0 : head * mask_strides[1]) + (mask_shape[2] == 1 ? 0 : position[r] * mask_strides[2]);
+    mask_offset[r] = offset_in_mask(mask_shape, mask_strides, batch, head, position[r]);
 #endif
   }
 
@@ -70,19 +45,8 @@
     }
   }
 
-  constexpr int STEP = SIMDGROUPS * TILE;
-  const int tiles = (count + TILE - 1) / TILE;
-  const int begin = (tiles + splits - 1) / splits * split * TILE;
-  int end = min(count, (tiles + splits - 1) / splits * (split + 1) * TILE);
-#if IS_CAUSAL
-  // The last position of this threadgroup's rows, after which it needs no key.
-  const int last_row = min(first_row + ROWS, row_count) - 1;
-  const int last_position = first_row / length == last_row / length ? last_row % length : length - 1;
-  end = min(end, count - length + last_position + 1);
-#endif
-
   for (int base = begin; base < end; base += STEP) {
-    const int tile = base + simdgroup * TILE;
+    const int tile = base + simd_gid * TILE;
     if (!TEAM && tile >= end) {
       break;
     }
@@ -190,7 +154,7 @@
       MLX_MTL_PRAGMA_UNROLL
       for (int r = 0; r < ROW_TILES; r++) {
         if (at.column == 0) {
-          peaks[simdgroup * ROWS + 8 * r + at.row] = new_peak[r];
+          peaks[simd_gid * ROWS + 8 * r + at.row] = new_peak[r];
         }
       }
       threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -225,7 +189,7 @@
       for (int r = 0; r < ROW_TILES; r++) {
         MLX_MTL_PRAGMA_UNROLL
         for (int k = 0; k < KEY_TILES; k++) {
-          const int fragment = (simdgroup * KEY_TILES + k) * ROW_TILES + r;
+          const int fragment = (simd_gid * KEY_TILES + k) * ROW_TILES + r;
           shared[64 * fragment + 8 * at.row + at.column] = scores[r][k][0];
           shared[64 * fragment + 8 * at.row + at.column + 1] = scores[r][k][1];
         }
@@ -242,7 +206,7 @@
         const int64_t key = min(base + 8 * k + at.row, count - 1);
         add_values<VALUE_MODE, VALUE_BITS, VALUE_GROUP, VALUE_CHUNKS, ROW_TILES, CHUNKS>(
             value_codes_head + key * value_codes_strides[2], value_scales_head + key * value_scales_strides[2],
-            value_biases_head + key * value_biases_strides[2], simdgroup * CHUNKS, at, weights, out);
+            value_biases_head + key * value_biases_strides[2], simd_gid * CHUNKS, at, weights, out);
       }
     } else {
       MLX_MTL_PRAGMA_UNROLL
@@ -265,8 +229,8 @@
   for (int r = 0; r < ROW_TILES; r++) {
     total[r] = row_sum(total[r]);
     if (at.column == 0) {
-      peaks[simdgroup * ROWS + 8 * r + at.row] = peak[r];
-      totals[simdgroup * ROWS + 8 * r + at.row] = total[r];
+      peaks[simd_gid * ROWS + 8 * r + at.row] = peak[r];
+      totals[simd_gid * ROWS + 8 * r + at.row] = total[r];
     }
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -286,7 +250,7 @@
       sum += totals[s * ROWS + row] * fast::exp(peaks[s * ROWS + row] - common);
     }
 #if SPLIT
-    if (first_row + row < row_count && simdgroup == 0 && at.column == 0) {
+    if (first_row + row < row_count && simd_gid == 0 && at.column == 0) {
       device float* row_stats = stats + 2 * (row_of_output[r] * splits + split);
       row_stats[0] = common;
       row_stats[1] = sum;
@@ -315,7 +279,7 @@
     for (int r = 0; r < ROW_TILES; r++) {
       MLX_MTL_PRAGMA_UNROLL
       for (int c = 0; c < CHUNKS; c++) {
-        const int chunk = simdgroup * CHUNKS + c;
+        const int chunk = simd_gid * CHUNKS + c;
         if (chunk < VALUE_CHUNKS && first_row + 8 * r + at.row < row_count) {
           MLX_MTL_PRAGMA_UNROLL
           for (int e = 0; e < 8; e++) {
@@ -336,7 +300,7 @@
       if (unit < ROW_TILES * VALUE_CHUNKS) {
         MLX_MTL_PRAGMA_UNROLL
         for (int e = 0; e < 8; e++) {
-          shared[(simdgroup * UNITS + u) * 256 + 32 * at.row + 4 * at.column + e] =
+          shared[(simd_gid * UNITS + u) * 256 + 32 * at.row + 4 * at.column + e] =
               out[4 * unit + e / 2][e % 2];
         }
       }

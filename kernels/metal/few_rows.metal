@@ -1,0 +1,186 @@
+  // Attention of up to 4 rows, too few to fill 8x8 matrices, with ordinary multiply-adds. A lane multiplies packs of the
+  // same keys as in matrix.metal; folding the sums over lanes leaves each lane with the scores of one key of the tile.
+  // Then LANES lanes share a key's values, a pack each.
+  constexpr int KEY_TILES = 4;
+  constexpr int LANES = VALUE_DIM / 8;
+  constexpr int KEYS_AT_ONCE = 32 / LANES;
+  static_assert(TILE == 8 * KEY_TILES, "a lane has one key of a tile");
+
+  threadgroup float weights[SIMDGROUPS * TILE * ROWS];
+  threadgroup float outputs[SIMDGROUPS * ROWS * 256];
+  threadgroup float peaks[SIMDGROUPS * ROWS];
+  threadgroup float totals[SIMDGROUPS * ROWS];
+
+  const int64_t first_output_row = (int64_t(batch) * query_heads + kv_head * group) * length;
+#if HAS_MASK
+  const int64_t mask_key_stride = mask_shape[3] == 1 ? 0 : mask_strides[3];
+#endif
+  float out[ROWS][8];
+  float peak[ROWS];
+  float total[ROWS];
+  MLX_MTL_PRAGMA_UNROLL
+  for (int r = 0; r < ROWS; r++) {
+    peak[r] = Limits<float>::finite_min;
+    total[r] = 0.0f;
+    MLX_MTL_PRAGMA_UNROLL
+    for (int e = 0; e < 8; e++) {
+      out[r][e] = 0.0f;
+    }
+  }
+
+  for (int tile = begin + simd_gid * TILE; tile < end; tile += SIMDGROUPS * TILE) {
+    // Partial scores of two keys in each of KEY_TILES tiles, as [which of the two][tile][row].
+    float scores[2 * KEY_TILES * ROWS];
+    MLX_MTL_PRAGMA_UNROLL
+    for (int i = 0; i < 2 * KEY_TILES * ROWS; i++) {
+      scores[i] = 0.0f;
+    }
+    for (int chunk = 0; chunk < (KEY_DIM + 63) / 64; chunk++) {
+      const int pack = 8 * chunk + at.row;
+      if (KEY_DIM % 64 == 0 || pack < KEY_DIM / 8) {
+        float q[ROWS][8];
+        MLX_MTL_PRAGMA_UNROLL
+        for (int r = 0; r < ROWS; r++) {
+          MLX_MTL_PRAGMA_UNROLL
+          for (int e = 0; e < 8; e++) {
+            q[r][e] = float(queries[(first_output_row + r) * KEY_DIM + 8 * pack + e]);
+          }
+        }
+        MLX_MTL_PRAGMA_UNROLL
+        for (int i = 0; i < 2 * KEY_TILES; i++) {
+          const int64_t key = min(tile + 8 * (i % KEY_TILES) + at.column + i / KEY_TILES, count - 1);
+          float numbers[8];
+          dequantize_pack<KEY_MODE, KEY_BITS, KEY_GROUP>(
+              key_codes_head + key * key_codes_strides[2], key_scales_head + key * key_scales_strides[2],
+              key_biases_head + key * key_biases_strides[2], pack, numbers);
+          MLX_MTL_PRAGMA_UNROLL
+          for (int r = 0; r < ROWS; r++) {
+            MLX_MTL_PRAGMA_UNROLL
+            for (int e = 0; e < 8; e++) {
+              scores[i * ROWS + r] = fma(q[r][e], numbers[e], scores[i * ROWS + r]);
+            }
+          }
+        }
+      }
+    }
+    fold<8 * ROWS, 16>(scores, lane);
+    fold<4 * ROWS, 4>(scores, lane);
+    fold<2 * ROWS, 2>(scores, lane);
+    const int in_tile = 8 * (at.row % 4) + at.column + at.row / 4;
+    const int key = tile + in_tile;
+
+    float excess = -numeric_limits<float>::infinity();
+    MLX_MTL_PRAGMA_UNROLL
+    for (int r = 0; r < ROWS; r++) {
+      float score = scores[r] * scale;
+      bool visible = key < end;
+      const int position = r % length;
+#if IS_CAUSAL
+      visible = visible && key <= count - length + position;
+#endif
+#if HAS_MASK
+      const int64_t row_mask = offset_in_mask(mask_shape, mask_strides, batch, kv_head * group + r / length, position);
+      const auto mask_value = mask[row_mask + min(key, count - 1) * mask_key_stride];
+#if MASK_IS_BOOL
+      visible = visible && mask_value;
+#else
+      score += float(mask_value);
+#endif
+#endif
+      scores[r] = visible ? score : -numeric_limits<float>::infinity();
+      excess = max(excess, scores[r] - peak[r]);
+    }
+    // What exponentials are relative to need not be the highest score: it is raised when one exceeds it by a margin.
+    if (simd_max(excess) > 8.0f) {
+      MLX_MTL_PRAGMA_UNROLL
+      for (int r = 0; r < ROWS; r++) {
+        const float new_peak = max(peak[r], simd_max(scores[r]));
+        const float decay = fast::exp(peak[r] - new_peak);
+        peak[r] = new_peak;
+        total[r] *= decay;
+        MLX_MTL_PRAGMA_UNROLL
+        for (int e = 0; e < 8; e++) {
+          out[r][e] *= decay;
+        }
+      }
+    }
+    MLX_MTL_PRAGMA_UNROLL
+    for (int r = 0; r < ROWS; r++) {
+      const float weight = fast::exp(scores[r] - peak[r]);
+      total[r] += weight;
+      weights[(simd_gid * TILE + in_tile) * ROWS + r] = weight;
+    }
+    simdgroup_barrier(mem_flags::mem_threadgroup);
+
+    for (int first = 0; first < min(TILE, end - tile); first += KEYS_AT_ONCE) {
+      const int k = first + lane / LANES;
+      const int64_t value_key = min(tile + k, count - 1);
+      float numbers[8];
+      dequantize_pack<VALUE_MODE, VALUE_BITS, VALUE_GROUP>(
+          value_codes_head + value_key * value_codes_strides[2], value_scales_head + value_key * value_scales_strides[2],
+          value_biases_head + value_key * value_biases_strides[2], lane % LANES, numbers);
+      MLX_MTL_PRAGMA_UNROLL
+      for (int r = 0; r < ROWS; r++) {
+        const float weight = weights[(simd_gid * TILE + k) * ROWS + r];
+        MLX_MTL_PRAGMA_UNROLL
+        for (int e = 0; e < 8; e++) {
+          out[r][e] = fma(weight, numbers[e], out[r][e]);
+        }
+      }
+    }
+    simdgroup_barrier(mem_flags::mem_threadgroup);
+  }
+
+  // Merge what lanes and simdgroups have summed over their keys.
+  MLX_MTL_PRAGMA_UNROLL
+  for (int r = 0; r < ROWS; r++) {
+    total[r] = simd_sum(total[r]);
+    if (lane == 0) {
+      peaks[simd_gid * ROWS + r] = peak[r];
+      totals[simd_gid * ROWS + r] = total[r];
+    }
+    MLX_MTL_PRAGMA_UNROLL
+    for (int e = 0; e < 8; e++) {
+      outputs[(simd_gid * ROWS + r) * 256 + 8 * lane + e] = out[r][e];
+    }
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  for (int r = 0; r < ROWS; r++) {
+    float common = Limits<float>::finite_min;
+    for (int s = 0; s < SIMDGROUPS; s++) {
+      common = max(common, peaks[s * ROWS + r]);
+    }
+#if !SPLIT && HAS_SINKS
+    const float sink = float(sinks[kv_head * group + r / length]);
+    common = max(common, sink);
+#endif
+    float sum = 0.0f;
+    for (int s = 0; s < SIMDGROUPS; s++) {
+      sum += totals[s * ROWS + r] * fast::exp(peaks[s * ROWS + r] - common);
+    }
+#if SPLIT
+    if (thread_index_in_threadgroup == 0) {
+      device float* row_stats = stats + 2 * ((first_output_row + r) * splits + split);
+      row_stats[0] = common;
+      row_stats[1] = sum;
+    }
+#elif HAS_SINKS
+    sum += fast::exp(sink - common);
+#endif
+    const float inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
+    for (int i = int(thread_index_in_threadgroup); i < VALUE_DIM; i += 32 * SIMDGROUPS) {
+      float merged = 0.0f;
+      for (int s = 0; s < SIMDGROUPS; s++) {
+        float own = 0.0f;
+        for (int k = 0; k < KEYS_AT_ONCE; k++) {
+          own += outputs[(s * ROWS + r) * 256 + k * VALUE_DIM + i];
+        }
+        merged += own * fast::exp(peaks[s * ROWS + r] - common);
+      }
+#if SPLIT
+      partials[((first_output_row + r) * splits + split) * VALUE_DIM + i] = merged * inverse;
+#else
+      output[(first_output_row + r) * VALUE_DIM + i] = T(merged * inverse);
+#endif
+    }
+  }

@@ -1,0 +1,36 @@
+  // What a threadgroup works on: one split of the keys of one key head, for up to ROWS of the rows (query head, position)
+  // that share it. A simdgroup takes TILE keys at a time.
+  const int lane = int(thread_index_in_simdgroup);
+  const int simd_gid = int(simdgroup_index_in_threadgroup);
+  const FragmentPosition at = fragment_position(lane);
+
+  const int query_heads = queries_shape[1];
+  const int length = queries_shape[2];
+  const int kv_heads = key_codes_shape[1];
+  const int count = key_codes_shape[2];
+  const int group = query_heads / kv_heads;
+  const int row_count = group * length;
+  const int blocks = (row_count + ROWS - 1) / ROWS;
+  const int splits = int(threadgroups_per_grid.x);
+  const int split = int(threadgroup_position_in_grid.x);
+  const int kv_head = int(threadgroup_position_in_grid.y) / blocks;
+  const int first_row = (int(threadgroup_position_in_grid.y) % blocks) * ROWS;
+  const int batch = int(threadgroup_position_in_grid.z);
+
+  const auto key_codes_head = key_codes + batch * key_codes_strides[0] + kv_head * key_codes_strides[1];
+  const auto key_scales_head = key_scales + batch * key_scales_strides[0] + kv_head * key_scales_strides[1];
+  const auto key_biases_head = key_biases + batch * key_biases_strides[0] + kv_head * key_biases_strides[1];
+  const auto value_codes_head = value_codes + batch * value_codes_strides[0] + kv_head * value_codes_strides[1];
+  const auto value_scales_head = value_scales + batch * value_scales_strides[0] + kv_head * value_scales_strides[1];
+  const auto value_biases_head = value_biases + batch * value_biases_strides[0] + kv_head * value_biases_strides[1];
+
+  const int tiles = (count + TILE - 1) / TILE;
+  const int begin = (tiles + splits - 1) / splits * split * TILE;
+  int end = min(count, (tiles + splits - 1) / splits * (split + 1) * TILE);
+#if IS_CAUSAL
+  // The last position of this threadgroup's rows, after which it needs no key.
+  const int last_row = min(first_row + ROWS, row_count) - 1;
+  const int last_position = first_row / length == last_row / length ? last_row % length : length - 1;
+  end = min(end, count - length + last_position + 1);
+#endif
+
