@@ -12,6 +12,10 @@ __all__ = ["main"]
 _COMMANDS = {
     "doctor": ("qsdpa_patch.doctor.command", "say what is installed, what would be patched, and what is wrong"),
     "demo": ("qsdpa_patch.demo.command", "generate with a small real model over quantized caches, and compare"),
+    "verify": (
+        "qsdpa_patch.verify.command",
+        "compare a model over quantized caches with itself over an unquantized one",
+    ),
     "bench": ("qsdpa_patch.bench.command", "time attention side by side with what mlx-lm does without the patch"),
 }
 """``name -> (module with add_arguments(parser) and run(args) -> exit status, help)``."""

@@ -11,7 +11,15 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
-__all__ = ["FUSED_ROWS", "Fidelity", "compare_distributions", "perplexity", "quantized_prompt_cache"]
+__all__ = [
+    "FUSED_ROWS",
+    "Fidelity",
+    "Tally",
+    "compare_distributions",
+    "log_probabilities",
+    "perplexity",
+    "quantized_prompt_cache",
+]
 
 FUSED_ROWS = 16
 """Tokens fed at a time: as many query rows as the fused kernels take, so that these are what is measured."""
@@ -34,7 +42,7 @@ class Fidelity:
 
 
 @dataclass
-class _Tally:
+class Tally:
     """Sums over the positions of a text."""
 
     agreements: float = 0
@@ -52,6 +60,7 @@ class _Tally:
         self.surprisal += _surprisal(found, following)
 
     def result(self, positions: int) -> Fidelity:
+        """What the sums come to for a text of ``positions`` tokens, two or more."""
         return Fidelity(
             positions=positions,
             greedy_agreement=self.agreements / positions,
@@ -86,10 +95,10 @@ def compare_distributions(
     Returns:
         One :class:`Fidelity` for each name in ``caches``.
     """
-    tallies = {name: _Tally() for name in caches}
+    tallies = {name: Tally() for name in caches}
     for start in range(0, len(tokens), chunk):
         fed, following = tokens[start : start + chunk], tokens[start + 1 : start + chunk + 1]
-        distributions = {name: _log_probabilities(model, fed, cache) for name, cache in caches.items()}
+        distributions = {name: log_probabilities(model, fed, cache) for name, cache in caches.items()}
         for name, found in distributions.items():
             tallies[name].add(distributions[reference], found, following)
     return {name: tally.result(len(tokens)) for name, tally in tallies.items()}
@@ -99,12 +108,12 @@ def perplexity(model: Any, tokens: Sequence[int], cache: list[Any], *, chunk: in
     """Perplexity of ``tokens`` (the first is given), fed to ``model`` over the empty ``cache``, ``chunk`` at a time."""
     total = 0.0
     for start in range(0, len(tokens), chunk):
-        found = _log_probabilities(model, tokens[start : start + chunk], cache)
+        found = log_probabilities(model, tokens[start : start + chunk], cache)
         total += _surprisal(found, tokens[start + 1 : start + chunk + 1])
     return math.exp(total / (len(tokens) - 1))
 
 
-def _log_probabilities(model: Any, tokens: Sequence[int], cache: list[Any]) -> mx.array:
+def log_probabilities(model: Any, tokens: Sequence[int], cache: list[Any]) -> mx.array:
     """``[len(tokens), vocabulary]`` float32: of what follows each of ``tokens``, which are appended to ``cache``."""
     logits: mx.array = model(mx.array(list(tokens))[None], cache=cache)[0]
     logits = logits.astype(mx.float32)

@@ -1,0 +1,1 @@
+"""``qsdpa verify``: a model of the user's over quantized caches, measured against its unquantized one."""
