@@ -19,6 +19,11 @@ PART = 16
 MAX_QUERY_LENGTH = 16
 _MODES = {"mxfp4": 2, "mxfp8": 3, "nvfp4": 4}
 _MASKS = {"none": 0, "causal": 1, "bool": 2, "additive": 3}
+_MOST_SPLITS = 31 * 8
+"""What the counters of a tile have room for (``TICKET_WORDS`` and ``MERGED`` in ``decode.cuh``)."""
+_MOST_ROW_BLOCKS = 4
+_ACCUMULATORS = 512
+"""Query rows over 8 times value dimensions that the registers of a warp hold."""
 _LAYOUTS = ((8, 2, 4), (8, 1, 6), (4, 1, 6))
 """Warps of a block, parts of a tile and the most stages of its ring: the first that fits is taken.
 
@@ -48,7 +53,8 @@ class DecodePlan:
     """How calls of one signature run.
 
     row_blocks: blocks of 8 query rows that a thread block serves; row_tiles: how many such tiles a KV head has.
-    warps, stages, parts: of a thread block, tiles of a warp's ring, and sixteens of keys of a tile.
+    warps, stages, parts: of a thread block, tiles of a team's ring, and sixteens of keys of a tile.
+    team: warps that share a tile, each with a part of the dimensions.
     shared_bytes: dynamic shared memory of a thread block. ideal_splits: blocks along many keys.
     """
 
@@ -58,6 +64,7 @@ class DecodePlan:
     warps: int
     stages: int
     parts: int
+    team: int
     shared_bytes: int
     ideal_splits: int
 
@@ -70,9 +77,9 @@ class DecodePlan:
         return 8 * self.row_blocks
 
     def splits(self, count: int) -> int:
-        """Thread blocks along ``count`` keys: the ideal number, or fewer where a warp would get no tile."""
+        """Thread blocks along ``count`` keys: the ideal number, or fewer where a team would get no tile."""
         tiles = -(-count // (PART * self.parts))
-        return max(1, min(self.ideal_splits, -(-tiles // self.warps)))
+        return max(1, min(self.ideal_splits, -(-tiles * self.team // self.warps)))
 
 
 @lru_cache(maxsize=512)
@@ -86,16 +93,17 @@ def decode_plan(sig: Signature, limits: DeviceLimits) -> DecodePlan:
     rows = sig.query_heads // sig.kv_heads * sig.query_length
     terms = 2 if sig.dtype == mx.float32 else 1
     row_blocks = -(-rows // 8)
-    row_tiles = -(-row_blocks // max(1, min(4, 512 // (sig.value_dim * terms))))
+    team = _team(sig, min(row_blocks, _MOST_ROW_BLOCKS) * terms)
+    most = max(1, min(_MOST_ROW_BLOCKS, _ACCUMULATORS * team // (sig.value_dim * terms)))
+    row_tiles = -(-row_blocks // most)
     row_blocks = -(-row_blocks // row_tiles)
     tiles = sig.batch * sig.kv_heads * row_tiles
-    splits = _ideal_splits(tiles, limits.multiprocessors)
+    splits = min(_ideal_splits(tiles, limits.multiprocessors), _MOST_SPLITS)
     for warps, parts, most_stages in _LAYOUTS:
         for stages in range(most_stages, 1, -1):
-            shared = shared_bytes(sig, row_blocks, warps, stages, parts)
+            shared = shared_bytes(sig, row_blocks, warps, stages, parts, team)
             if shared <= limits.shared_per_block:
-                splits = min(splits, warps * (sig.value_dim + 4) // 2)  # their weights take the room of the output
-                return DecodePlan(sig, row_blocks, row_tiles, warps, stages, parts, shared, splits)
+                return DecodePlan(sig, row_blocks, row_tiles, warps, stages, parts, team, shared, splits)
     raise Unsupported(f"a tile of {sig.key_dim} + {sig.value_dim} dimensions does not fit into shared memory")
 
 
@@ -109,6 +117,20 @@ def _check(sig: Signature) -> None:
         raise Unsupported(f"rope dimension {sig.rope_dim}: the fused kernel takes multiples of 16 up to 128")
 
 
+def _team(sig: Signature, row_blocks: int) -> int:
+    """Warps of a team: the fewest (of 1, 2, 4) whose registers hold ``row_blocks`` of accumulators, or the most."""
+    team = 1
+    while team < 4 and row_blocks * sig.value_dim > _ACCUMULATORS * team and _divides(sig, 2 * team):
+        team *= 2
+    return team
+
+
+def _divides(sig: Signature, team: int) -> bool:
+    """Whether ``team`` warps can share the dimensions, in whole blocks of 32 and whole groups."""
+    halves = ((sig.key_dim, sig.key_format), (sig.value_dim, sig.value_format))
+    return all(dim % (team * max(32, format.group_size)) == 0 for dim, format in halves)
+
+
 def _ideal_splits(tiles: int, slots: int) -> int:
     """Thread blocks a tile of rows such that all blocks fill whole waves of the device's ``slots``."""
     if tiles <= slots // 2:
@@ -116,7 +138,7 @@ def _ideal_splits(tiles: int, slots: int) -> int:
     return min(range(1, 9), key=lambda s: (-(-tiles * s // slots) / s * (1 + 0.01 * s), s))
 
 
-def shared_bytes(sig: Signature, row_blocks: int, warps: int, stages: int, parts: int) -> int:
+def shared_bytes(sig: Signature, row_blocks: int, warps: int, stages: int, parts: int, team: int) -> int:
     """Shared memory of a block: the sum that ``DecodeConfig`` in ``decode.cuh`` makes (and is checked against)."""
     size = sig.dtype.size
     terms = 2 if size == 4 else 1
@@ -131,15 +153,17 @@ def shared_bytes(sig: Signature, row_blocks: int, warps: int, stages: int, parts
         stage += value_scales * (2 if sig.value_format.has_biases else 1)
     if sig.rope_dim:
         stage += tile * _pitch(sig.rope_dim * size)
-    out = warps * rows * (sig.value_dim + 4) * 4
-    total = max(warps * stages * stage, out) + 16 + terms * rows * (sig.key_dim + 8) * 2
-    if sig.key_dim * row_blocks * terms > 256:
+    teams = warps // team
+    out = teams * rows * (sig.value_dim + 4) * 4
+    total = max(teams * stages * stage, out) + 16 + terms * rows * (sig.key_dim + 8) * 2
+    if sig.key_dim // team * row_blocks * terms > 256:
         total += terms * rows * sig.key_dim * 2
     if sig.rope_dim:
         total += rows * (sig.rope_dim + 16 // size) * size
     if sig.key_format.has_biases:
         total += sig.key_format.groups(sig.key_dim) * rows * 4
-    return total + rows * 4 + warps * rows * 8 + 640
+    total += rows * 4 + teams * rows * 8 + 640
+    return total + (warps * parts * row_blocks * 512 if team > 1 else 0)
 
 
 def _pitch(row_bytes: int) -> int:

@@ -136,6 +136,12 @@ __device__ __forceinline__ void copy_async(u32 shared, const void* device, int v
   }
 }
 
+// Wait for the other threads of a group; `id` (1 to 15) tells groups apart.
+template <int THREADS>
+__device__ __forceinline__ void group_barrier(int id) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(THREADS) : "memory");
+}
+
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Wait until at most PENDING of the newest groups of copies are under way.

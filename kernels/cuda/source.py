@@ -93,7 +93,7 @@ def decode_body(name: str, plan: DecodePlan, mask_type: str, sink_type: str) -> 
             _format(sig.key_format, sig.key_scale_dtype),
             _format(sig.value_format, sig.value_scale_dtype),
             f"{plan.row_blocks}, {mask_kind(sig)}, {mask_type}, {sink_type}, {sig.rope_dim}, {int(sig.shared_kv)}",
-            f"{plan.warps}, {plan.stages}, {plan.parts}",
+            f"{plan.warps}, {plan.stages}, {plan.parts}, {plan.team}",
         )
     )
     return (

@@ -16,14 +16,14 @@ start: Callable[..., None] = mx.async_eval
 """Evaluate arrays without waiting for them."""
 
 _WORDS = 32
-"""Words between counters: a cache line each (``TICKET_WORDS`` in ``decode.cuh``)."""
+"""Counters of a tile of rows (``TICKET_WORDS`` in ``decode.cuh``)."""
 _AT_A_TIME = 128
 _free: dict[int, list[mx.array]] = {}
 
 
-def take_tickets(count: int) -> mx.array:
-    """At least ``count`` counters at zero that no one else has."""
-    size = _WORDS << (count - 1).bit_length()
+def take_tickets(tiles: int) -> mx.array:
+    """Counters at zero for at least ``tiles`` tiles of rows, that no one else has."""
+    size = _WORDS << (tiles - 1).bit_length()
     free = _free.setdefault(size, [])
     if not free:
         tickets = mx.split(mx.zeros((_AT_A_TIME * size,), dtype=mx.uint32), _AT_A_TIME)

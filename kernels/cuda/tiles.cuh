@@ -1,4 +1,4 @@
-// Tiles of rows (keys) in shared memory, copied there asynchronously by one warp.
+// Tiles of rows (keys) in shared memory, copied there asynchronously by the threads of a team of warps.
 #pragma once
 #include "ptx.cuh"
 
@@ -26,7 +26,7 @@ __device__ __forceinline__ bool rows_contiguous(const Rows<T>& x, int row, int b
 
 // How TILE rows of ROW_BYTES bytes each lie in shared memory: PITCH bytes apart, an odd number of 16-byte units, so that
 // 8 rows of 16 bytes each lie in distinct banks.
-template <int TILE, int ROW_BYTES_, typename T>
+template <int TILE, int THREADS, int ROW_BYTES_, typename T>
 struct RowTile {
   static constexpr int ROW_BYTES = ROW_BYTES_;
   static constexpr int PITCH = ((ROW_BYTES + 15) / 16 | 1) * 16;
@@ -34,36 +34,35 @@ struct RowTile {
   static constexpr int SOURCE_BYTES = TILE * ROW_BYTES;
   static constexpr int CHUNK = ROW_BYTES % 16 == 0 ? 16 : ROW_BYTES % 8 == 0 ? 8 : 4;
 
-  // From a run of bytes; `lane_source` is the lane's first chunk. Chunks from `valid` bytes on read as zeros (PARTIAL).
+  // From a run of bytes; `source` is the thread's first chunk. Chunks from `valid` bytes on read as zeros (PARTIAL).
   template <bool PARTIAL>
-  __device__ __forceinline__ static void copy_run(u32 shared, const char* lane_source, int lane, int valid) {
+  __device__ __forceinline__ static void copy_run(u32 shared, const char* source, int thread, int valid) {
     constexpr int PER_ROW = ROW_BYTES / CHUNK, ALL = TILE * PER_ROW;
 #pragma unroll
-    for (int i = 0; i < ALL; i += 32) {
-      const int c = i + lane;
-      const int at = 32 % PER_ROW == 0 ? lane / PER_ROW * PITCH + lane % PER_ROW * CHUNK + i / PER_ROW * PITCH
-                                       : c / PER_ROW * PITCH + c % PER_ROW * CHUNK;
-      if (i + 32 <= ALL || c < ALL) {
+    for (int i = 0; i < ALL; i += THREADS) {
+      const int c = i + thread;
+      const int at = THREADS % PER_ROW == 0 ? thread / PER_ROW * PITCH + thread % PER_ROW * CHUNK + i / PER_ROW * PITCH
+                                            : c / PER_ROW * PITCH + c % PER_ROW * CHUNK;
+      if (i + THREADS <= ALL || c < ALL) {
         if constexpr (PARTIAL) {
           const bool inside = c * CHUNK < valid;
-          copy_async<CHUNK>(shared + at, inside ? lane_source + i * CHUNK : lane_source - lane * CHUNK,
-                            inside ? CHUNK : 0);
+          copy_async<CHUNK>(shared + at, inside ? source + i * CHUNK : source - thread * CHUNK, inside ? CHUNK : 0);
         } else {
-          copy_async<CHUNK>(shared + at, lane_source + i * CHUNK);
+          copy_async<CHUNK>(shared + at, source + i * CHUNK);
         }
       }
     }
   }
 
   // Any strides; rows from `count` on read as zeros.
-  __device__ static void copy_rows(u32 shared, const Rows<T>& rows, int first, int count, int lane) {
+  __device__ static void copy_rows(u32 shared, const Rows<T>& rows, int first, int count, int thread) {
     if (rows_aligned(rows, CHUNK)) {
-      copy_chunks<CHUNK>(shared, rows, first, count, lane);
+      copy_chunks<CHUNK>(shared, rows, first, count, thread);
     } else if constexpr (sizeof(T) == 4) {
-      copy_chunks<4>(shared, rows, first, count, lane);
+      copy_chunks<4>(shared, rows, first, count, thread);
     } else {
       constexpr int PER_ROW = ROW_BYTES / static_cast<int>(sizeof(T));
-      for (int c = lane; c < TILE * PER_ROW; c += 32) {
+      for (int c = thread; c < TILE * PER_ROW; c += THREADS) {
         const int row = c / PER_ROW, column = c % PER_ROW;
         T x{};
         if (first + row < count) x = rows.data[(first + row) * rows.row_stride + column * rows.element_stride];
@@ -74,9 +73,9 @@ struct RowTile {
 
  private:
   template <int SIZE>
-  __device__ __forceinline__ static void copy_chunks(u32 shared, const Rows<T>& rows, int first, int count, int lane) {
+  __device__ __forceinline__ static void copy_chunks(u32 shared, const Rows<T>& rows, int first, int count, int thread) {
     constexpr int PER_ROW = ROW_BYTES / SIZE;
-    for (int c = lane; c < TILE * PER_ROW; c += 32) {
+    for (int c = thread; c < TILE * PER_ROW; c += THREADS) {
       const int row = c / PER_ROW, column = c % PER_ROW;
       const bool valid = first + row < count;
       const i64 element = column * (SIZE / static_cast<int>(sizeof(T))) * rows.element_stride;
@@ -87,24 +86,24 @@ struct RowTile {
 };
 
 // Scales (or biases) of TILE rows, ROW of them each, packed without gaps.
-template <int TILE, int ROW_, typename T>
+template <int TILE, int THREADS, int ROW_, typename T>
 struct ScaleTile {
   static constexpr int ROW = ROW_;
   static constexpr int BYTES = TILE * ROW * static_cast<int>(sizeof(T));
 
   // Any strides; rows from `count` on read as zeros.
-  __device__ static void copy_rows(u32 shared, const Rows<T>& rows, int first, int count, int lane) {
+  __device__ static void copy_rows(u32 shared, const Rows<T>& rows, int first, int count, int thread) {
     constexpr int SIZE = sizeof(T), PER_WORD = 4 / SIZE;
     if (ROW % PER_WORD == 0 && rows_aligned(rows, 4)) {
       constexpr int PER_ROW = ROW % PER_WORD == 0 ? ROW / PER_WORD : 1;
-      for (int c = lane; c < TILE * PER_ROW; c += 32) {
+      for (int c = thread; c < TILE * PER_ROW; c += THREADS) {
         const int row = c / PER_ROW, column = c % PER_ROW;
         const bool valid = first + row < count;
         const T* source = rows.data + (valid ? (first + row) * rows.row_stride + column * PER_WORD : 0);
         copy_async<4>(shared + c * 4, source, valid ? 4 : 0);
       }
     } else {
-      for (int c = lane; c < TILE * ROW; c += 32) {
+      for (int c = thread; c < TILE * ROW; c += THREADS) {
         const int row = c / ROW, column = c % ROW;
         T x{};
         if (first + row < count) x = rows.data[(first + row) * rows.row_stride + column * rows.element_stride];
@@ -114,15 +113,16 @@ struct ScaleTile {
   }
 };
 
-// The scales of one row of a tile. Short rows are read at once, as words.
-template <int ROW, typename T>
+// COUNT scales of one row of a tile of rows of ROW, from number `first` on. A few are read at once, as words.
+template <int ROW, int COUNT, typename T>
 struct ScaleRow {
-  static constexpr int WORDS = ROW * static_cast<int>(sizeof(T)) / 4;
-  static constexpr bool HELD = sizeof(T) == 2 && ROW % 2 == 0 && WORDS <= 2;
+  static constexpr int WORDS = COUNT * static_cast<int>(sizeof(T)) / 4;
+  static constexpr bool HELD = sizeof(T) == 2 && ROW % 2 == 0 && COUNT % 2 == 0 && WORDS <= 2;
   u32 address;
   u32 words[HELD ? WORDS : 1];
 
-  __device__ __forceinline__ ScaleRow(u32 tile, int row) : address(tile + row * ROW * static_cast<int>(sizeof(T))) {
+  __device__ __forceinline__ ScaleRow(u32 tile, int row, int first)
+      : address(tile + (row * ROW + first) * static_cast<int>(sizeof(T))) {
     if constexpr (HELD) {
 #pragma unroll
       for (int i = 0; i < WORDS; ++i) words[i] = load_word(address + 4 * i);
