@@ -42,6 +42,7 @@ def enable(
     strict: bool = False,
     models: Iterable[str] | None = None,
     rotate: bool | str = False,
+    keep_windows: int = 0,
 ) -> None:
     """Patch mlx-lm, whether it is imported already or later. A second call updates the options.
 
@@ -55,9 +56,12 @@ def enable(
         models: cover only these mlx-lm model types, ``["llama", "qwen3"]`` say. By default all.
         rotate: keys and values are rotated by a Hadamard transform before they are quantized, which keeps text closer
             to the unquantized at 4 bits and below, for some time at each token. ``"keys"`` or ``"values"``: only these.
+        keep_windows: leave layers unquantized whose sliding window, or chunk, has at most this many rows. Their caches
+            do not grow, so that there is little to save. By default none.
 
     An option left at its default takes its environment variable where that is set: ``QSDPA_KEY_BITS``,
-    ``QSDPA_VALUE_BITS``, ``QSDPA_KERNELS``, ``QSDPA_STRICT``, ``QSDPA_ROTATE``.
+    ``QSDPA_VALUE_BITS``, ``QSDPA_KERNELS``, ``QSDPA_STRICT``, ``QSDPA_ROTATE``,
+    ``QSDPA_KEEP_WINDOWS``.
 
     Raises:
         ValueError, TypeError: for an option that is not taken. Nothing is patched then, or changed.
@@ -67,7 +71,13 @@ def enable(
     """
     global _enabled
     settings = resolve_settings(
-        key_bits=key_bits, value_bits=value_bits, kernels=kernels, strict=strict, models=models, rotate=rotate
+        key_bits=key_bits,
+        value_bits=value_bits,
+        kernels=kernels,
+        strict=strict,
+        models=models,
+        rotate=rotate,
+        keep_windows=keep_windows,
     )
     configure_from_environment()
     with _lock:
@@ -104,11 +114,20 @@ def enabled(
     strict: bool = False,
     models: Iterable[str] | None = None,
     rotate: bool | str = False,
+    keep_windows: int = 0,
 ) -> Iterator[None]:
     """:func:`enable` for a ``with`` block. What was in force before comes back afterwards."""
     with _lock:
         before, was_enabled = router.settings, _enabled
-    enable(key_bits=key_bits, value_bits=value_bits, kernels=kernels, strict=strict, models=models, rotate=rotate)
+    enable(
+        key_bits=key_bits,
+        value_bits=value_bits,
+        kernels=kernels,
+        strict=strict,
+        models=models,
+        rotate=rotate,
+        keep_windows=keep_windows,
+    )
     try:
         yield
     finally:

@@ -85,9 +85,10 @@ def quantize_cache(cache: Any, bits: int, group_size: int, index: int = 0, part:
     plan = _plan(cache, tag, index, part)
     model_type, declared = (tag.model_type, tag.declared) if tag else (_UNTAGGED, "")
     kind = plan.kind or ("latent" if plan.latent else tag.kind if tag else kind_of(cache))
-    if plan.keep:
+    keep = plan.keep or _small_window(cache)
+    if keep:
         set_tag(cache, LayerTag(model_type, declared, index, kind))
-        recorder.note(model_type, kind, f"kept unquantized: {plan.keep}")
+        recorder.note(model_type, kind, f"kept unquantized: {keep}")
         return cache
     key_format, value_format = router.settings.formats(bits, group_size)
     quantized = caches.quantized(cache, key_format, value_format, latent=plan.latent)
@@ -105,6 +106,13 @@ def _plan(cache: Any, tag: LayerTag | None, index: int, part: int) -> LayerPlan:
     if tag is None:
         return LayerPlan(latent=_looks_latent(cache))
     return adapter_for(tag.model_type).plan(Layer(tag.model_type, index, part, cache))
+
+
+def _small_window(cache: Any) -> str:
+    """Why a cache of a sliding window or a chunk stays as it is, or an empty string."""
+    window = getattr(cache, "max_size", None) or getattr(cache, "chunk_size", None)
+    limit = router.settings.keep_windows
+    return f"keep_windows={limit} says so for windows of {window} rows" if window and window <= limit else ""
 
 
 def _looks_latent(cache: Any) -> bool:

@@ -40,6 +40,7 @@ class Settings:
     models: frozenset[str] | None = None
     memory_budget: int = 256 << 20
     rotate: bool | str = False
+    keep_windows: int = 0
 
     def covers(self, model_type: str) -> bool:
         """Whether calls and caches of ``model_type`` are ours."""
@@ -63,6 +64,7 @@ def resolve_settings(
     strict: bool = False,
     models: Iterable[str] | None = None,
     rotate: bool | str = False,
+    keep_windows: int = 0,
     environment: Mapping[str, str] | None = None,
 ) -> Settings:
     """Check the options of ``enable``; one left at its default takes its environment variable, where that is set.
@@ -84,6 +86,9 @@ def resolve_settings(
     _checked_kernels("kernels", kernels)
     if rotate is False:
         rotate = _rotation_from_environment(env, "QSDPA_ROTATE")
+    if keep_windows == 0 and env.get("QSDPA_KEEP_WINDOWS", "").strip():
+        text = env["QSDPA_KEEP_WINDOWS"].strip()
+        keep_windows = _checked_rows("QSDPA_KEEP_WINDOWS", int(text) if text.isdigit() else text)
     if strict and kernels == "ops":
         raise ValueError("strict=True refuses every call that kernels='ops' asks for: choose one of them")
     return Settings(
@@ -93,6 +98,7 @@ def resolve_settings(
         strict=strict,
         models=None if models is None else _checked_models(models),
         rotate=_checked_rotation("rotate", rotate),
+        keep_windows=_checked_rows("keep_windows", keep_windows),
     )
 
 
@@ -150,6 +156,12 @@ def _rotation_from_environment(env: Mapping[str, str], name: str) -> bool | str:
     if text in ROTATIONS:
         return text
     raise ValueError(f"{name}={env[name]!r} is unknown: use 1, 0, keys or values")
+
+
+def _checked_rows(name: str, rows: object) -> int:
+    if isinstance(rows, int) and not isinstance(rows, bool) and rows >= 0:
+        return rows
+    raise ValueError(f"{name}={rows!r} is no number of rows: give 0 or more")
 
 
 def _checked_kernels(name: str, kernels: str) -> str:

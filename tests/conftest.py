@@ -14,7 +14,7 @@ from qsdpa_patch.settings import DEFAULT_SETTINGS
 
 @pytest.fixture(autouse=True)
 def clean_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name in ("PATCH", "KERNELS", "KEY_BITS", "VALUE_BITS", "STRICT", "ROTATE", "LOG"):
+    for name in ("PATCH", "KERNELS", "KEY_BITS", "VALUE_BITS", "STRICT", "ROTATE", "KEEP_WINDOWS", "LOG"):
         monkeypatch.delenv(f"QSDPA_{name}", raising=False)
     yield
     qsdpa_patch.disable()
