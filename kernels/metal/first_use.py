@@ -22,7 +22,8 @@ __all__ = ["check"]
 
 Attend = Callable[[AttentionCall], mx.array]
 
-_TOLERANCES = {mx.float16: 2e-3, mx.bfloat16: 1e-2, mx.float32: 1e-5}
+_TOLERANCES = {mx.float16: 2e-3, mx.bfloat16: 1e-2, mx.float32: 1e-4}
+"""Wide enough for any device's exponentials: a kernel that is wrong is wrong by far more."""
 _COUNTS = (37, 2 * KEYS_PER_SPLIT + 5)
 """Numbers of keys: a single launch with a part of a tile, and a split with its merge."""
 
@@ -59,9 +60,10 @@ def _refuse(signature: Signature, reason: str) -> tuple[bool, str]:
 def _error(signature: Signature, count: int, attend: Attend) -> float:
     """Largest error of a small call, relative to the largest magnitude of the reference."""
     call = _small_call(signature, count)
-    actual = attend(call).astype(mx.float32)
-    wanted = reference.attend(call).astype(mx.float32)
-    error, largest = mx.abs(actual - wanted).max(), mx.abs(wanted).max()
+    actual = attend(call)
+    with mx.stream(mx.cpu):  # some GPUs multiply float32 matrices with fewer bits
+        wanted = reference.attend(call).astype(mx.float32)
+        error, largest = mx.abs(actual.astype(mx.float32) - wanted).max(), mx.abs(wanted).max()
     return float(error) / float(largest)
 
 
