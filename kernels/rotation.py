@@ -30,7 +30,11 @@ def rotate(x: mx.array) -> mx.array:
     block = block_size(dim)
     if x.size == 0 or block == 1:
         return x
-    blocks = x if block == dim else x.reshape(*x.shape[:-1], dim // block, block)
-    if mx.default_device().type == mx.DeviceType.cpu:  # where MLX rounds after each of its log2(block) steps
-        blocks = blocks.astype(mx.float32)
-    return mx.hadamard_transform(blocks).astype(x.dtype).reshape(x.shape)
+    dtype = x.dtype
+    if dtype != mx.float32 and mx.default_device().type == mx.DeviceType.cpu:
+        x = x.astype(mx.float32)  # MLX's CPU transform would round after each of its log2(block) steps
+    if block == dim:
+        y = mx.hadamard_transform(x)
+    else:
+        y = mx.hadamard_transform(x.reshape(*x.shape[:-1], dim // block, block)).reshape(x.shape)
+    return y if y.dtype == dtype else y.astype(dtype)

@@ -25,7 +25,7 @@ def fixture_model(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def results(model: Any, options: Options, **others: Any) -> dict[str, Result]:
-    found, _ = verify(model, TOKENS, options, **others)
+    found, _ = verify(model, others.pop("tokens", TOKENS), options, **others)
     assert not qsdpa_patch.is_enabled()
     return {result.name: result for result in found}
 
@@ -74,7 +74,7 @@ def test_plain_ops_are_measured_once(model: Any) -> None:
 
 
 def test_a_model_that_stock_cannot_run_is_measured_over_the_others() -> None:
-    found = results(build("gpt_oss"), Options(bits=8))
+    found = results(build("gpt_oss"), Options(bits=8), tokens=[token % 64 for token in TOKENS])
     assert found[STOCK].fidelity is None
     assert found[STOCK].error == "NotImplementedError: RotatingKVCache Quantization NYI"
     assert found[FUSED].fidelity is not None
@@ -97,3 +97,14 @@ def test_what_cannot_be_measured_is_refused(model: Any) -> None:
         verify(model, TOKENS, Options(key_bits=7))
     with qsdpa_patch.enabled(), pytest.raises(ValueError, match="the patch is on"):
         verify(model, TOKENS, Options())
+
+
+@pytest.mark.parametrize("architecture", ["llama", "deepseek_v3", "gemma2", "gemma3n", "gpt_oss", "llama4", "phi"])
+def test_rotated_caches_of_other_architectures(architecture: str) -> None:
+    """Latents, sliding windows, soft caps, shared rows, sinks, chunks, and rows of 80 numbers."""
+    model = build(architecture)
+    tokens = [token % 64 for token in TOKENS]
+    plain, rotated = (results(model, Options(bits=8, rotate=rotate), tokens=tokens) for rotate in (False, True))
+    for name in (FUSED, OPS):
+        assert fidelity(rotated[name]).mean_kl < 3 * fidelity(plain[name]).mean_kl + 1e-4
+        assert rotated[name].cache_bytes == plain[name].cache_bytes
