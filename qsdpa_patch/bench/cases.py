@@ -125,7 +125,7 @@ def stock_format(case: Case) -> dict[str, int]:
     """
     if case.key_format != case.value_format and not case.rope_dim:
         raise ValueError("mlx-lm quantizes keys and values alike")
-    if not case.key_format.has_biases:
+    if case.key_format.rotated or not case.key_format.has_biases:
         raise ValueError(f"mlx-lm has no {case.key_format} cache")
     return {"bits": case.key_format.bits, "group_size": case.key_format.group_size}
 

@@ -56,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     stored.add_argument("--format", nargs="+", default=[], choices=FLOAT_FORMATS, help="floating-point formats")
     stored.add_argument("--key-bits", metavar="BITS_OR_FORMAT", help="keys alone; with --value-bits")
     stored.add_argument("--value-bits", metavar="BITS_OR_FORMAT", help="values alone; with --key-bits")
+    stored.add_argument("--rotate", action="store_true", help="rotate keys and values before quantization")
     stored.add_argument("--dtype", choices=DTYPES, help="of queries, by default float16 on a GPU, float32 on the CPU")
     timing = parser.add_argument_group("running")
     timing.add_argument("--device", choices=("cpu", "gpu"), help="by default MLX's")

@@ -52,7 +52,8 @@ def model_paths(case: Case, kernels: str, model: Any) -> list[TimedPath]:
 
     def patch() -> AbstractContextManager[None]:
         bits = (_bits(case.key_format), _bits(case.value_format))
-        return qsdpa_patch.enabled(kernels=kernels, key_bits=bits[0], value_bits=bits[1])
+        rotate = case.key_format.rotated
+        return qsdpa_patch.enabled(kernels=kernels, key_bits=bits[0], value_bits=bits[1], rotate=rotate)
 
     def ours() -> list[Any]:
         return _quantized(model, case, {"bits": case.key_format.bits, "group_size": case.key_format.group_size})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -94,7 +94,8 @@ def formats(args: argparse.Namespace) -> list[tuple[Format, Format]]:
     chosen = [(format, format) for format in alike]
     if args.key_bits:
         chosen.append((_parse(args.key_bits, args.group_size), _parse(args.value_bits, args.group_size)))
-    return chosen or [(Format.affine(4, args.group_size),) * 2]
+    chosen = chosen or [(Format.affine(4, args.group_size),) * 2]
+    return [(replace(keys, rotated=args.rotate), replace(values, rotated=args.rotate)) for keys, values in chosen]
 
 
 def _parse(text: str, group_size: int) -> Format:

@@ -45,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"bits of the quantized caches (8 4), of {', '.join(map(str, AFFINE_BITS))}",
     )  # fmt: skip
     parser.add_argument("--kv-group-size", type=int, default=64, choices=AFFINE_GROUP_SIZES, help="default: 64")
+    parser.add_argument("--rotate", action="store_true", help="rotate keys and values before quantization")
     parser.add_argument("--kernels", choices=CHOICES, default="auto", help="default: %(default)s")
     parser.add_argument(
         "--dtype", choices=("auto", *_DTYPES), default="auto",
@@ -99,6 +100,7 @@ def _compare(model: Any, tokenizer: Any, args: argparse.Namespace) -> None:
             max_tokens=args.max_tokens,
             text_tokens=args.text_tokens,
             kernels=args.kernels,
+            rotate=args.rotate,
             progress=progress,
         )
     if args.json:

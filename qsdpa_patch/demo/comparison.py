@@ -73,6 +73,7 @@ def compare(
     max_tokens: int,
     text_tokens: int,
     kernels: str = "auto",
+    rotate: bool = False,
     progress: Callable[[str], None] = lambda step: None,
 ) -> Comparison:
     """Generate from ``prompt`` over every cache, then feed all of them the same passage, with the patch on throughout.
@@ -82,11 +83,11 @@ def compare(
         bits, group_size: of the quantized caches; they are quantized from the prompt on.
         max_tokens: to generate at most.
         text_tokens: tokens of :func:`~qsdpa_patch.demo.texts.passage` to compare distributions on.
-        kernels: as :func:`qsdpa_patch.enable` takes it.
+        kernels, rotate: as :func:`qsdpa_patch.enable` takes them.
         progress: called with a few words before each step.
     """
     tokens = _text_tokens(tokenizer, text_tokens)
-    with qsdpa_patch.enabled(kernels=kernels):
+    with qsdpa_patch.enabled(kernels=kernels, rotate=rotate):
         qsdpa_patch.reset_report()
         generations = {}
         for choice in (None, *bits):

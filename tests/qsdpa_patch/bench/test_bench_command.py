@@ -117,6 +117,16 @@ def test_keys_and_values_apart(tmp_path: Path) -> None:
         assert not any(errors.values())
 
 
+def test_rotated(tmp_path: Path) -> None:
+    for suite in ("decode", "mla", "append", "e2e"):
+        options = ("--suite", suite, "--rotate", "--context", "40", "--layers", "1")
+        (result,) = bench_as_json(tmp_path / "out.json", *options)["results"]
+        errors = {path["name"]: path["error"] for path in result["paths"]}
+        assert errors.pop(QUANTIZED) == "ValueError: mlx-lm has no 4-bit g64 rotated cache"
+        assert not any(errors.values())
+        assert suite in ("append", "e2e") or result["paths"][0]["difference"] < 1e-5
+
+
 def test_a_model_of_ones_own(tmp_path: Path) -> None:
     model = str(write_tiny_model(tmp_path / "model"))
     options = ("--suite", "e2e", "--model", model, "--dtype", "float16", "--context", "40")

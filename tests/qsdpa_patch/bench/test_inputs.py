@@ -59,6 +59,7 @@ def test_queries_survive_a_path_that_scales_them_in_place() -> None:
         ((Format.affine(8), Format.affine(4)), "keys and values alike"),
         ((Format.named("mxfp4"), Format.named("mxfp4")), "no mxfp4 cache"),
         ((Format.affine(4, symmetric=True),) * 2, "no 4-bit g64 symmetric cache"),
+        ((Format.affine(4, rotated=True),) * 2, "no 4-bit g64 rotated cache"),
     ],
 )
 def test_caches_that_mlx_lm_does_not_have(formats: tuple[Format, Format], message: str) -> None:

@@ -42,6 +42,11 @@ def test_keys_and_values_apart() -> None:
     assert case.label == "B1 Hq32 Hkv8 D128/64 L1, K 8-bit g64, V mxfp4, float32"
 
 
+def test_rotated() -> None:
+    (case,) = plan("--rotate", "--bits", "8", "--context", "64")
+    assert case.key_format == case.value_format == Format.affine(8, 64, rotated=True)
+
+
 def test_group_size_gives_way_to_the_head_dim() -> None:
     (case,) = plan("--head-dim", "96", "--group-size", "128", "--context", "64")
     assert case.key_format.group_size == 32

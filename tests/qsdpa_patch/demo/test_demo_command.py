@@ -51,6 +51,14 @@ def test_json_to_standard_output(model: str, capsys: pytest.CaptureFixture[str])
     assert len(json.loads(capsys.readouterr().out)["results"]) == 2
 
 
+def test_rotation_and_group_size_reach_the_caches(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    divergences = set()
+    for options in ((), ("--rotate",), ("--kv-group-size", "32")):
+        assert demo("--model", model, "--max-tokens", "2", "--kv-bits", "4", "--json", "-", *options) == 0
+        divergences.add(json.loads(capsys.readouterr().out)["results"][1]["fidelity"]["mean_kl"])
+    assert len(divergences) == 3
+
+
 def test_registry_out_of_reach(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def unreachable(dtype: object) -> Path:
         raise FetchError("no index; use --model")
