@@ -491,7 +491,7 @@ NOT_BUILT = {
     "mamba": "no attention: a state-space model",
     "mamba2": "no attention: a state-space model",
     "rwkv7": "no attention: a recurrent model",
-    "olmo": "exits the interpreter on import: a package of its own is missing",
+    "olmo": "exits on import without the package ai2-olmo, and with it adds a mask that is a string to its scores",
     "prism_hadamard_qwen35": "takes only a pack of 2-bit weights; its attention is that of qwen3_5",
 }
 """Architectures that are left out everywhere, with the reason."""

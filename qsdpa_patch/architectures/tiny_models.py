@@ -29,15 +29,9 @@ def build(architecture: str, seed: int = 0, dtype: mx.Dtype = mx.float32) -> Any
     over several units, so that the softmax prefers some keys to others.
 
     Raises:
-        ImportError: the module cannot be imported here.
-        TypeError: :data:`SIZES` lacks an argument.
+        KeyError, TypeError: :data:`SIZES` lacks the architecture, or an argument of its.
     """
-    try:
-        module: Any = importlib.import_module(f"mlx_lm.models.{architecture}")
-    except SystemExit as error:  # olmo exits the interpreter where a package of its own is missing
-        raise ImportError(
-            f"mlx_lm.models.{architecture} exits on import: a package that it needs is missing"
-        ) from error
+    module: Any = importlib.import_module(f"mlx_lm.models.{architecture}")
     mx.random.seed(seed)
     with _plain_linear_layers(module):
         model = module.Model(module.ModelArgs.from_dict(model_arguments(architecture, module)))

@@ -14,7 +14,8 @@ from tests.architectures.runs import CHUNKS, DECODED, prompt_and_reply, run
 
 __all__ = ["BUILT", "MODEL_ERROR", "Subject", "make_subject"]
 
-BUILT = [name for name in SIZES if mx.metal.is_available() or name not in NEEDS_METAL]
+BUILT = [name for name in SIZES if name not in NEEDS_METAL]
+"""What runs anywhere, and in float32: the Metal kernels of the others compute in bfloat16."""
 
 MODEL_ERROR = {0.5: 2e-3, 0.9: 2e-2}
 """By quantile over positions: the deviation between two ways to compute the same, both over the same rounded rows.

@@ -6,6 +6,7 @@ import mlx.core as mx
 import pytest
 
 import qsdpa_patch
+from qsdpa_patch.architectures.sizes import NEEDS_METAL
 from qsdpa_patch.architectures.tiny_models import build
 from tests.architectures.measures import deviations, median
 from tests.architectures.runs import CHUNKS, prompt_and_reply, run
@@ -28,7 +29,7 @@ def gather_mm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mx, "gather_mm", gather_mm)
 
 
-@pytest.mark.parametrize("architecture", BUILT)
+@pytest.mark.parametrize("architecture", [*BUILT, *(NEEDS_METAL if mx.metal.is_available() else ())])
 def test_bfloat16(architecture: str, gather_mm: None) -> None:
     model = build(architecture, dtype=mx.bfloat16)
     tokens = prompt_and_reply()[:, : sum(CHUNKS) + 2]
