@@ -391,8 +391,8 @@ class Decoder {
   __device__ __forceinline__ void arrange_queries() {
     const unsigned short* halves = reinterpret_cast<const unsigned short*>(shared + C::QUERIES);
     auto pair = [&](int term, int block, int p, int n) -> u32 {
-      const unsigned short* row = halves + (term * ROWS + 8 * n + r) * C::QUERY_PITCH + 32 * block;
-      return row[key_dim<K>(t, p, 0)] | static_cast<u32>(row[key_dim<K>(t, p, 1)]) << 16;
+      const unsigned short* row = halves + (term * ROWS + 8 * n + r) * C::QUERY_PITCH;
+      return row[key_dim<K>(block, t, p, 0)] | static_cast<u32>(row[key_dim<K>(block, t, p, 1)]) << 16;
     };
     if constexpr (C::QUERIES_IN_REGISTERS) {
 #pragma unroll
@@ -765,14 +765,14 @@ class Decoder {
       for (int n = 0; n < NB; ++n)
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          float* row = out + (8 * n + 2 * t + h) * C::OUT_PITCH + 32 * block;
+          float* row = out + (8 * n + 2 * t + h) * C::OUT_PITCH;
           const float(&c)[4] = o[block][0][n];
           const float(&d)[4] = o[block][1][n];
           if constexpr (V::BITS == 8) {  // value_dim() of a lane: runs of two, or of four
-            *reinterpret_cast<float2*>(row + value_dim<V>(r, 0, 0)) = {c[h], c[h + 2]};
-            *reinterpret_cast<float2*>(row + value_dim<V>(r, 1, 0)) = {d[h], d[h + 2]};
+            *reinterpret_cast<float2*>(row + value_dim<V>(block, r, 0, 0)) = {c[h], c[h + 2]};
+            *reinterpret_cast<float2*>(row + value_dim<V>(block, r, 1, 0)) = {d[h], d[h + 2]};
           } else {
-            *reinterpret_cast<float4*>(row + value_dim<V>(r, 0, 0)) = {c[h], c[h + 2], d[h], d[h + 2]};
+            *reinterpret_cast<float4*>(row + value_dim<V>(block, r, 0, 0)) = {c[h], c[h + 2], d[h], d[h + 2]};
           }
         }
     __syncthreads();

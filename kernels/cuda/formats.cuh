@@ -33,6 +33,8 @@ struct Format {
   // nvfp4's groups of 16 are narrower than a block, so its scales go into the unpacked halves (exactly).
   static constexpr bool SCALED_CODES = MODE == NVFP4;
   static constexpr float CODE_FACTOR = MODE == MXFP4 ? 16384.0f : MODE == MXFP8 || MODE == NVFP4 ? 256.0f : 1.0f;
+  // A 16-byte unit of 2-bit codes is two blocks: worth it where both lie in one group.
+  static constexpr bool PAIRED_BLOCKS = BITS == 2 && GROUP >= 64;
   static constexpr int CENTER = MODE == SYMMETRIC ? 1 << (BITS - 1) : 0;
   __device__ static constexpr int groups(int dim) { return dim / GROUP; }
   __device__ static constexpr int row_bytes(int dim) { return dim * BITS / 8; }
@@ -73,6 +75,13 @@ __device__ __forceinline__ u32 take_nibbles(u32 w) {
   }
 }
 
+// The four 2-bit fields of the low byte of each half.
+template <typename F>
+__device__ __forceinline__ void take_quarters(u32 (&d)[4], u32 w) {
+  d[0] = take_fields<F, 0, 0>(w), d[1] = take_fields<F, 2, 2>(w);
+  d[2] = take_fields<F, 4, 4>(w), d[3] = take_fields<F, 6, 6>(w);
+}
+
 // Bytes I and J of w.
 template <typename F, int I, int J>
 __device__ __forceinline__ u32 take_bytes(u32 w) {
@@ -84,18 +93,21 @@ __device__ __forceinline__ u32 take_bytes(u32 w) {
   }
 }
 
-// The dimension, within a block of 32, of half `half` of pair `p` in lane t. See the top of this file.
+// The dimension of half `half` of pair `p` of block `block` in lane t. See the top of this file.
 template <typename F>
-__device__ constexpr int key_dim(int t, int p, int half) {
-  if (F::BITS == 8) return (p / 2) * 16 + 4 * t + (p % 2) * 2 + half;
-  if (F::BITS == 6) return 8 * t + (p / 2) * 4 + p % 2 + 2 * half;
-  return 8 * t + p + 4 * half;
+__device__ constexpr int key_dim(int block, int t, int p, int half) {
+  if (F::PAIRED_BLOCKS) return block / 2 * 64 + 16 * t + block % 2 * 4 + p + 8 * half;
+  if (F::BITS == 8) return 32 * block + (p / 2) * 16 + 4 * t + (p % 2) * 2 + half;
+  if (F::BITS == 6) return 32 * block + 8 * t + (p / 2) * 4 + p % 2 + 2 * half;
+  return 32 * block + 8 * t + p + 4 * half;
 }
 
-// The dimension, within a block of 32, of row r (half 0) or r + 8 (half 1) of the A operand m (0 or 1) of values.
+// The dimension of row r (half 0) or r + 8 (half 1) of the A operand m (0 or 1) of values of block `block`.
 template <typename F>
-__device__ constexpr int value_dim(int r, int m, int half) {
-  return F::BITS == 8 ? 16 * m + 2 * r + half : 4 * r + 2 * m + half;
+__device__ constexpr int value_dim(int block, int r, int m, int half) {
+  if (F::PAIRED_BLOCKS) return block / 2 * 64 + 8 * r + block % 2 * 4 + 2 * m + half;
+  if (F::BITS == 8) return 32 * block + 16 * m + 2 * r + half;
+  return 32 * block + 4 * r + 2 * m + half;
 }
 
 // Keys r and r + 8, block of 32 dimensions number `block`: 4 pairs each. `rows` is the shared address of 16 rows.
@@ -116,6 +128,11 @@ __device__ __forceinline__ void load_keys(u32 (&low)[4], u32 (&high)[4], u32 row
     low[2] = take_nibbles<F, 2>(w[0]), low[3] = take_nibbles<F, 3>(w[0]);
     high[0] = take_nibbles<F, 0>(w[1]), high[1] = take_nibbles<F, 1>(w[1]);
     high[2] = take_nibbles<F, 2>(w[1]), high[3] = take_nibbles<F, 3>(w[1]);
+  } else if constexpr (F::PAIRED_BLOCKS) {
+    u32 w[2];
+    load_two_matrices(w, rows + (lane % 16) * PITCH + block / 2 * 16);
+    take_quarters<F>(low, block % 2 ? w[0] >> 8 : w[0]);
+    take_quarters<F>(high, block % 2 ? w[1] >> 8 : w[1]);
   } else {
 #pragma unroll
     for (int x = 0; x < 2; ++x) {
@@ -124,8 +141,7 @@ __device__ __forceinline__ void load_keys(u32 (&low)[4], u32 (&high)[4], u32 row
       auto word = [&](int i) { return load_word(row + 4 * i); };
       if constexpr (F::BITS == 2) {
         const u32 spread = __byte_perm(word(t / 2), 0, t % 2 ? 0x4342 : 0x4140);
-        d[0] = take_fields<F, 0, 0>(spread), d[1] = take_fields<F, 2, 2>(spread);
-        d[2] = take_fields<F, 4, 4>(spread), d[3] = take_fields<F, 6, 6>(spread);
+        take_quarters<F>(d, spread);
       } else {
         const int bit = 8 * F::BITS * t;
         const u32 w0 = word(bit / 32), w1 = word(bit / 32 + 1);
@@ -151,8 +167,7 @@ template <typename F>
 __device__ __forceinline__ void unpack_values(u32 (&d)[4], u32 a, u32 b) {
   const u32 x = __byte_perm(a, b, 0x5410);
   if constexpr (F::BITS == 2) {
-    d[0] = take_fields<F, 0, 0>(x), d[1] = take_fields<F, 2, 2>(x);
-    d[2] = take_fields<F, 4, 4>(x), d[3] = take_fields<F, 6, 6>(x);
+    take_quarters<F>(d, x);
   } else if constexpr (F::BITS == 3) {
     d[0] = take_fields<F, 0, 0>(x), d[1] = take_fields<F, 3, 3>(x);
     d[2] = take_fields<F, 6, 6>(x), d[3] = take_fields<F, 6, 6>(x >> 3);
@@ -186,6 +201,11 @@ __device__ __forceinline__ void load_values(u32 (&low)[4], u32 (&high)[4], u32 r
     low[2] = take_nibbles<F, 2>(w[0]), low[3] = take_nibbles<F, 3>(w[0]);
     high[0] = take_nibbles<F, 0>(w[1]), high[1] = take_nibbles<F, 1>(w[1]);
     high[2] = take_nibbles<F, 2>(w[1]), high[3] = take_nibbles<F, 3>(w[1]);
+  } else if constexpr (F::PAIRED_BLOCKS) {
+    u32 w[2];
+    load_two_matrices_transposed(w, rows + (lane % 16) * PITCH + block / 2 * 16);
+    take_quarters<F>(low, block % 2 ? w[0] >> 8 : w[0]);
+    take_quarters<F>(high, block % 2 ? w[1] >> 8 : w[1]);
   } else {
     u32 window[4];
     const int bit = 4 * F::BITS * r;
