@@ -212,10 +212,15 @@ def quantize(x: mx.array, format: Format | str) -> QuantizedTensor:
 
 
 def _quantize_symmetric(x: mx.array, format: Format) -> tuple[mx.array, mx.array]:
-    """Codes and scales of the symmetric affine format: the largest magnitude of a group maps to the largest code."""
+    """Codes and scales of the symmetric affine format.
+
+    The number of the largest magnitude in a group maps to code 0, the one code without a counterpart, so that all are
+    of use; the scale is negative where that number is positive.
+    """
     half = 2 ** (format.bits - 1)
     groups = x.reshape(*x.shape[:-1], -1, format.group_size).astype(mx.float32)
-    scales = (mx.abs(groups).max(axis=-1, keepdims=True) / (half - 1 if half > 1 else 1)).astype(x.dtype)
+    peaks = mx.take_along_axis(groups, mx.abs(groups).argmax(axis=-1, keepdims=True), axis=-1)
+    scales = (peaks / -half).astype(x.dtype)
     step = mx.where(scales == 0, 1, scales).astype(mx.float32)
     codes = mx.clip(mx.round(groups / step) + half, 0, 2 * half - 1).astype(mx.uint32)
     return _pack(codes.reshape(x.shape), format.bits), scales.squeeze(-1)

@@ -36,3 +36,25 @@ def test_other_dtypes_decay() -> None:
     tensor = quantize(mx.full((1, 1, 2, 64), 3.0), FORMATS[0])
     assert type(tensor.astype(mx.int32)) is mx.array
     assert mx.array_equal(tensor.astype(mx.int32), mx.full((1, 1, 2, 64), 3))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_symmetric_formats_reach_the_largest_number_of_a_group(bits: int, sign: int) -> None:
+    """It gets the code that has no counterpart, whatever its sign."""
+    x = mx.random.uniform(-1, 1, (1, 2, 5, 64), key=mx.random.key(bits))
+    x[..., 10::32] = 2.0 * sign
+    tensor = quantize(x, Format.affine(bits, 32, symmetric=True))
+    values = tensor.dequantize()
+    step = 2.0 / 2 ** (bits - 1)
+    assert mx.allclose(values[..., 10::32], x[..., 10::32], atol=1e-6).item()
+    assert float(mx.abs(values - x).max()) <= step / 2 + 1e-6
+
+
+def test_a_symmetric_format_costs_little_more_than_one_with_biases() -> None:
+    x = mx.random.normal((1, 4, 300, 128), key=mx.random.key(0))
+    error, plain = (
+        float(mx.square(quantize(x, Format.affine(4, 32, symmetric=symmetric)).dequantize() - x).mean())
+        for symmetric in (True, False)
+    )
+    assert error < 1.2 * plain
