@@ -15,6 +15,7 @@ from qsdpa_patch.adapter import Layer, LayerPlan
 from qsdpa_patch.adapter_registry import adapter_for
 from qsdpa_patch.dispatcher import router
 from qsdpa_patch.layer_tags import LayerTag, kind_of, set_tag, tag_caches, tag_of
+from qsdpa_patch.logs import logger
 from qsdpa_patch.report import recorder
 
 __all__ = ["make_maybe_quantize_kv_cache", "make_prompt_cache_maker", "make_to_quantized", "quantize_cache"]
@@ -42,7 +43,9 @@ def make_maybe_quantize_kv_cache(original: Callable[..., None]) -> Callable[...,
         if kv_bits is None:
             return
         for index, cache in enumerate(prompt_cache):
-            if not _is_plain(cache):
+            if isinstance(cache, caches.QuantizedCache):
+                _note_other_format(cache, kv_bits, kv_group_size)
+            elif not _is_plain(cache):
                 _note_kept(cache)
             elif _position(cache) >= quantized_kv_start:
                 prompt_cache[index] = quantize_cache(cache, kv_bits, kv_group_size, index)
@@ -122,6 +125,22 @@ def _looks_latent(cache: Any) -> bool:
         keys is not None and keys.ndim == 4 and keys.shape[1] == 1
         and keys.shape[-1] >= 256 and 0 < values.shape[-1] * 4 <= keys.shape[-1]
     )  # fmt: skip
+
+
+def _note_other_format(cache: Any, bits: int, group_size: int) -> None:
+    """Say once that a cache which came quantized, from a file say, stays as it is where other bits are asked for."""
+    if cache.key_format is None or getattr(cache, "_qsdpa_format_checked", False):
+        return
+    cache._qsdpa_format_checked = True
+    found = tuple(f and (f.mode, f.bits) for f in (cache.key_format, cache.value_format))
+    asked = router.settings.formats(bits, group_size)
+    if cache.value_format is not None and found != tuple((f.mode, f.bits) for f in asked):
+        tag = tag_of(cache)
+        note = (
+            f"came quantized as {cache.key_format}/{cache.value_format} and stays so; asked for: {asked[0]}/{asked[1]}"
+        )
+        recorder.note(tag.model_type if tag else _UNTAGGED, kind_of(cache), note)
+        logger.warning("a prompt cache %s", note)
 
 
 def _note_kept(cache: Any) -> None:

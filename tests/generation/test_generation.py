@@ -166,6 +166,16 @@ def test_a_prompt_saved_to_a_file(loaded: Any, tmp_path: Path, make: Callable[[A
     assert greedy(model, [45, 46], again) == greedy(model, [45, 46], cache)
 
 
+def test_a_prompt_cache_of_other_bits_stays_as_it_is_and_says_so(loaded: Any, caplog: pytest.LogCaptureFixture) -> None:
+    model, _ = loaded
+    cache = quantized_caches(model, bits=8)
+    tokens = greedy(model, PROMPT, cache, kv_bits=4, quantized_kv_start=0)
+    assert tokens == greedy(model, PROMPT, quantized_caches(model, bits=8))
+    assert cache[0].key_format.bits == 8
+    assert caplog.text.count("came quantized as 8-bit g64/8-bit g64 and stays so; asked for: 4-bit g64") == len(cache)
+    assert "came quantized as 8-bit" in str(qsdpa_patch.report())
+
+
 def test_a_rotating_cache_is_quantized(loaded: Any) -> None:
     """``--max-kv-size`` with ``--kv-bits``, which stock refuses; the window is crossed."""
     model, _ = loaded
