@@ -24,7 +24,7 @@ _MOST_SPLITS = 31 * 8
 _MOST_ROW_BLOCKS = 4
 _ACCUMULATORS = 512
 """Query rows over 8 times value dimensions that the registers of a warp hold."""
-_LAYOUTS = ((8, 2, 4), (8, 1, 6), (4, 1, 6))
+_LAYOUTS = ((8, 2, 4), (8, 1, 6), (4, 1, 6), (2, 1, 6))
 """Warps of a block, parts of a tile and the most stages of its ring: the first that fits is taken.
 
 One block of 8 warps to a multiprocessor, with up to 255 registers a thread and all of its shared memory in flight, beat
@@ -95,16 +95,25 @@ def decode_plan(sig: Signature, limits: DeviceLimits) -> DecodePlan:
     row_blocks = -(-rows // 8)
     team = _team(sig, min(row_blocks, _MOST_ROW_BLOCKS) * terms)
     most = max(1, min(_MOST_ROW_BLOCKS, _ACCUMULATORS * team // (sig.value_dim * terms)))
-    row_tiles = -(-row_blocks // most)
-    row_blocks = -(-row_blocks // row_tiles)
-    tiles = sig.batch * sig.kv_heads * row_tiles
-    splits = min(_ideal_splits(tiles, limits.multiprocessors), _MOST_SPLITS)
+    for row_tiles in sorted({-(-row_blocks // n) for n in range(1, most + 1)}):
+        plan = _fitting_plan(sig, limits, -(-row_blocks // row_tiles), row_tiles, team)
+        if plan is not None:
+            return plan
+    raise Unsupported(f"a tile of {sig.key_dim} + {sig.value_dim} dimensions does not fit into shared memory")
+
+
+def _fitting_plan(
+    sig: Signature, limits: DeviceLimits, row_blocks: int, row_tiles: int, team: int
+) -> DecodePlan | None:
+    """The plan with the best layout that shared memory has room for."""
     for warps, parts, most_stages in _LAYOUTS:
         for stages in range(most_stages, 1, -1):
             shared = shared_bytes(sig, row_blocks, warps, stages, parts, team)
-            if shared <= limits.shared_per_block:
+            if shared <= limits.shared_per_block and warps >= team:
+                splits = _ideal_splits(sig.batch * sig.kv_heads * row_tiles, limits.multiprocessors)
+                splits = min(splits, _MOST_SPLITS)
                 return DecodePlan(sig, row_blocks, row_tiles, warps, stages, parts, team, shared, splits)
-    raise Unsupported(f"a tile of {sig.key_dim} + {sig.value_dim} dimensions does not fit into shared memory")
+    return None
 
 
 def _check(sig: Signature) -> None:
@@ -153,7 +162,7 @@ def shared_bytes(sig: Signature, row_blocks: int, warps: int, stages: int, parts
         stage += value_scales * (2 if sig.value_format.has_biases else 1)
     if sig.rope_dim:
         stage += tile * _pitch(sig.rope_dim * size)
-    teams = warps // team
+    teams = max(1, warps // team)
     out = teams * rows * (sig.value_dim + 4) * 4
     total = max(teams * stages * stage, out) + 16 + terms * rows * (sig.key_dim + 8) * 2
     if sig.key_dim // team * row_blocks * terms > 256:

@@ -25,8 +25,10 @@ def take_tickets(tiles: int) -> mx.array:
     """Counters at zero for at least ``tiles`` tiles of rows, that no one else has."""
     size = _WORDS << (tiles - 1).bit_length()
     free = _free.setdefault(size, [])
-    if not free:
+    try:
+        return free.pop()
+    except IndexError:
         tickets = mx.split(mx.zeros((_AT_A_TIME * size,), dtype=mx.uint32), _AT_A_TIME)
         start(*tickets)
-        free.extend(tickets)
-    return free.pop()
+        free.extend(tickets[1:])
+        return tickets[0]
