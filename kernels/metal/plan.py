@@ -19,7 +19,7 @@ _THREADGROUPS_PER_CORE = 4
 _FEW_ROWS = 4
 _OUTPUT_REGISTERS = 64
 """Registers of a lane that hold sums of the output; what else a lane keeps takes about as many."""
-_CORES = {"p": 6, "g": 16, "s": 40, "d": 76}
+_CORES = {"p": 6, "g": 16, "s": 40, "c": 40, "d": 76}
 """Cores by the last letter of an architecture's name, which tells phone, base or Pro, Max and Ultra apart."""
 
 
@@ -58,7 +58,7 @@ def core_count() -> int:
     """GPU cores of this machine, about: Metal tells the class of the device only."""
     if not mx.metal.is_available():
         return _CORES["g"]
-    architecture = str(mx.device_info().get("architecture", ""))
+    architecture = str(mx.device_info(mx.gpu).get("architecture", ""))
     return _CORES.get(architecture[-1:], _CORES["g"])
 
 

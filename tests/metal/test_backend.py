@@ -154,6 +154,19 @@ def test_infinite_and_huge_masks_leave_other_keys_exact(metal: EmulatedBackend) 
         assert mx.array_equal(metal.attend(masked), wanted)
 
 
+@pytest.mark.parametrize(
+    ("architecture", "cores"), [("applegpu_g14d", 76), ("applegpu_g16g", 16), ("applegpu_g18z", 16), ("", 16)]
+)
+def test_cores_are_told_by_the_class_of_the_device(
+    monkeypatch: pytest.MonkeyPatch, architecture: str, cores: int
+) -> None:
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "device_info", lambda device: {"architecture": architecture})
+    plan.core_count.cache_clear()
+    assert plan.core_count() == cores
+    plan.core_count.cache_clear()
+
+
 @pytest.mark.parametrize("cores", [1, 10, 76, 1000])
 @pytest.mark.parametrize("count", [1, 255, 511, 512, 8192, 131072])
 def test_launches_are_within_bounds(cores: int, count: int) -> None:
