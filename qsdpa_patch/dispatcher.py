@@ -36,6 +36,7 @@ def make_dispatcher(original: Callable[..., mx.array]) -> Callable[..., mx.array
     """
     array = mx.array
     quantized_types = (QuantizedTensor, tuple, list)
+    plain_caches: set[type] = {type(None)}
     stock_calls = recorder.stock_calls
     frame = sys._getframe
 
@@ -50,6 +51,9 @@ def make_dispatcher(original: Callable[..., mx.array]) -> Callable[..., mx.array
     ) -> mx.array:
         if type(keys) is array and type(values) is array:
             module = frame(1).f_globals["__name__"]
+            if type(cache) in plain_caches or _is_plain(cache, plain_caches):
+                stock_calls[module] = stock_calls.get(module, 0) + 1
+                return original(queries, keys, values, cache, scale, mask, sinks)
             if hasattr(cache, "key_format") or (hasattr(cache, "caches") and _holds_quantized(cache)):
                 _record_arrays(queries, keys, _caller(cache, module))
             else:
@@ -123,6 +127,15 @@ def _record_arrays(queries: mx.array, keys: mx.array, caller: Caller) -> None:
     """Count a call over a quantized cache whose rows the model read on their way here."""
     example = f"q {list(queries.shape)} k {list(keys.shape)}"
     recorder.record(caller.model_type, caller.layer_kind, "stock", READ_AS_ARRAYS, example)
+
+
+def _is_plain(cache: Any, known: set[type]) -> bool:
+    """Whether ``cache`` neither is quantized nor holds a cache that is. mlx-lm's own such classes become ``known``."""
+    if any(hasattr(cache, name) for name in ("key_format", "caches", "bits")):
+        return False
+    if type(cache).__module__ == "mlx_lm.models.cache":
+        known.add(type(cache))
+    return True
 
 
 def _is_foreign(cache: Any, caller: Caller) -> bool:
