@@ -12,8 +12,10 @@ from mlx_lm.models import cache as mlx_lm_cache
 
 import qsdpa_patch
 from qsdpa_patch import caches
+from qsdpa_patch.architectures.tiny_models import build
 from qsdpa_patch.cache_creation import quantize_cache
 from qsdpa_patch.caches import QuantizedCache, QuantizedKVCache, QuantizedLatentCache
+from qsdpa_patch.demo.fidelity import quantized_prompt_cache
 from qsdpa_patch.kernels.format import Format
 from qsdpa_patch.kernels.quantized_tensor import QuantizedTensor, quantize
 from qsdpa_patch.layer_tags import LayerTag, set_tag
@@ -96,3 +98,16 @@ def test_attention_over_a_rotated_cache_is_that_over_what_it_reads_as(bits: int)
     plain = [mx.array(x) for x in (keys, values)]
     wanted = mx.fast.scaled_dot_product_attention(queries, *plain, scale=0.1, mask="causal")
     assert mx.allclose(out, wanted, atol=1e-5).item()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "deepseek_v3", "gemma2"])
+def test_a_rotated_cache_goes_on_working_when_the_patch_is_off(architecture: str) -> None:
+    model = build(architecture)
+    tokens = mx.array([[3, 14, 15, 9, 26, 5, 35]])
+    with qsdpa_patch.enabled(rotate=True, kernels="ops"):
+        cache = quantized_prompt_cache(model, 8)
+        model(tokens, cache=cache)
+        continued = copy.deepcopy(cache)
+        wanted = model(mx.array([[8]]), cache=continued)
+    assert all(layer.key_format.rotated for layer in cache)
+    assert mx.allclose(model(mx.array([[8]]), cache=cache), wanted, rtol=1e-3, atol=1e-3).item()
