@@ -1,4 +1,7 @@
-"""The CPU kernel against the reference, over everything it takes."""
+"""The CPU kernel against attention in double precision, over everything it takes.
+
+Not against the float32 reference: with outlier keys its own error comes to 1e-5, and the kernel's is smaller.
+"""
 
 from __future__ import annotations
 
@@ -24,11 +27,11 @@ from tests.attention_cases import (
     TOLERANCES,
     Case,
     build,
-    expected,
     random_case,
     random_mla_case,
     relative_error,
 )
+from tests.kernels.double_precision import attend_in_double
 
 pytestmark = pytest.mark.skipif(not backend.is_available()[0], reason=backend.is_available()[1])
 
@@ -37,7 +40,7 @@ def check(call: AttentionCall, what: object) -> None:
     assert backend.has_fused_kernel(call.signature) == (True, "")
     out = backend.attend(call)
     assert out.dtype == call.queries.dtype
-    assert relative_error(out, expected(call)) <= TOLERANCES[call.queries.dtype], str(what)
+    assert relative_error(out, attend_in_double(call)) <= TOLERANCES[call.queries.dtype], str(what)
 
 
 @pytest.mark.parametrize("block", range(10))
@@ -70,7 +73,7 @@ def test_keys_split_between_threads(count: int, sinks: bool) -> None:
     call = build(case)
     fields, out = prepared(call, threads=4)
     assert library.load_library().functions.qsdpa_attend(fields, call.scale) == 0
-    assert relative_error(out, expected(call)) <= 1e-5
+    assert relative_error(out, attend_in_double(call)) <= 1e-5
 
 
 def test_a_mask_may_hide_whole_tiles() -> None:
@@ -161,7 +164,7 @@ def test_traced_arrays_are_declined(transform: str) -> None:
 def test_threads_may_call_at_once() -> None:
     calls = [build(random_case(seed)) for seed in range(20, 26)]
     calls += [build(Case(seed=s, kv_heads=2, group=4, count=2000, capacity=2000)) for s in (1, 2)]
-    wanted = [expected(call) for call in calls]
+    wanted = [attend_in_double(call) for call in calls]
     failures: list[int] = []
 
     def hammer(first: int) -> None:

@@ -40,6 +40,7 @@ typedef struct {
 
 typedef struct {
   float *q, *keys, *values, *scores, *out, *peak, *total, *decay, *mask, *work; /* total: LANES partial ones a row */
+  float *exact_q, *exact_keys; /* as doubles, for float32 queries */
 } memory;
 
 static size_t aligned(size_t n) { return (n + 15) / 16 * 16; }
@@ -54,11 +55,13 @@ static size_t part_memory(const plan *p, float *start, memory *m) {
   const size_t value_work = 4 * value_groups * TILE;
   size_t work = key_work > value_work ? key_work : value_work;
   if (work < (size_t)p->dim + TILE) work = (size_t)p->dim + TILE;
+  const size_t exact_dim = c->type == FLOAT32 ? (size_t)p->dim : 0;
   const size_t sizes[] = {rows * (size_t)p->dim, (size_t)p->dim * TILE, value_dim * TILE, rows * TILE,
                           rows * value_dim,      rows,                  rows * LANES,     rows,
-                          TILE,                  work};
+                          TILE,                  work,
+                          2 * rows * exact_dim,  2 * TILE * exact_dim};
   float **parts[] = {&m->q, &m->keys, &m->values, &m->scores, &m->out, &m->peak, &m->total, &m->decay, &m->mask,
-                     &m->work};
+                     &m->work, &m->exact_q, &m->exact_keys};
   size_t used = 0;
   for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
     if (start) *parts[i] = start + used;
@@ -89,6 +92,10 @@ static void load_queries(const plan *p, const piece *w, float *q) {
               q + c->keys.dim);
     for (long d = c->keys.dim + c->rope_dim; d < p->dim; d++) q[d] = 0;
   }
+}
+
+static void widen(const float *restrict from, long n, double *restrict to) {
+  for (long i = 0; i < n; i++) to[i] = from[i];
 }
 
 static void load_rope_keys(const plan *p, const piece *w, long first, long count, float *row, float *to) {
@@ -163,9 +170,11 @@ static int soften_scores(long rows, float *scores, float *peak, float *total, fl
 static void attend_piece(const plan *p, const piece *w, const memory *m) {
   const call *c = p->c;
   const long value_dim = c->values.dim;
-  const int exact = c->type == FLOAT32, fuse_keys = !c->rope_dim && can_fuse(&p->keys, w->rows, exact);
+  const int exact = c->type == FLOAT32;
+  const int fuse_keys = !exact && !c->rope_dim && can_fuse(&p->keys, w->rows, exact);
   const int fuse_values = can_fuse(&p->values, w->rows, exact);
   load_queries(p, w, m->q);
+  if (exact) widen(m->q, w->rows * p->dim, (double *)m->exact_q);
   if (fuse_keys) prepare_fused_queries(&p->keys, m->q, w->rows, m->keys); /* no tile of keys needs that memory */
   memset(m->out, 0, (size_t)(w->rows * value_dim) * sizeof *m->out);
   memset(m->total, 0, (size_t)w->rows * LANES * sizeof *m->total);
@@ -173,12 +182,16 @@ static void attend_piece(const plan *p, const piece *w, const memory *m) {
   for (long first = w->first_key; first < w->end_key; first += TILE) {
     const long count = w->end_key - first < TILE ? w->end_key - first : TILE;
     if (fuse_keys) {
-      fused_score_tile(exact, w->rows, &p->keys, w->sequence, w->kv_head, first, count, m->work, m->keys,
-                       m->scores);
+      fused_score_tile(w->rows, &p->keys, w->sequence, w->kv_head, first, count, m->work, m->keys, m->scores);
     } else {
       unpack_keys(&p->keys, w->sequence, w->kv_head, first, count, m->work, m->keys);
       if (c->rope_dim) load_rope_keys(p, w, first, count, m->work, m->keys + c->keys.dim * TILE);
-      score_tile(w->rows, m->q, p->dim, p->dim, m->keys, m->scores);
+      if (exact) {
+        widen(m->keys, p->dim * TILE, (double *)m->exact_keys);
+        exact_score_tile(w->rows, (double *)m->exact_q, p->dim, p->dim, (double *)m->exact_keys, m->scores);
+      } else {
+        score_tile(w->rows, m->q, p->dim, p->dim, m->keys, m->scores);
+      }
     }
     if (c->mask_kind != NO_MASK || count < TILE) mask_scores(p, w, first, count, m->mask, m->scores);
     if (!soften_scores(w->rows, m->scores, m->peak, m->total, m->decay)) continue;

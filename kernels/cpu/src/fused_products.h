@@ -8,10 +8,10 @@
 #include "products.h"
 
 /* With queries of 16 bits, scales and biases are applied to whole groups of products: score = scale * (codes . q) +
-   bias * sum(q). That costs digits where a group's bias is much larger than its values, which those of float32 lack. */
+   bias * sum(q). That costs digits where a group's bias is much larger than its values, which those of float32 lack:
+   for these (`exact`) values are scaled one by one, and scores are not computed here. */
 static int can_fuse(const packed *p, long rows, int exact) {
-  const long most = exact ? (ROW_BLOCK < 4 ? ROW_BLOCK : 4) : ROW_BLOCK;
-  return rows <= most && p->kind == AFFINE && (p->bits == 4 || p->bits == 8) && p->group_size >= 32;
+  return rows <= (exact ? 4 : ROW_BLOCK) && p->kind == AFFINE && (p->bits == 4 || p->bits == 8) && p->group_size >= 32;
 }
 
 /* Queries [rows][dim] as [dim][rows], followed by their sums over each group, [groups][rows]. */
@@ -26,7 +26,7 @@ static void prepare_fused_queries(const packed *p, const float *restrict q, long
   }
 }
 
-INLINE void fused_score_block(int exact, int bits, int rows, const packed *p, const key_parts *k, const float *q,
+INLINE void fused_score_block(int bits, int rows, const packed *p, const key_parts *k, const float *q,
                               float *scores) {
   const int chains = rows <= 2 ? 2 : 1; /* sums of even and odd dimensions, to hide the latency of the adders */
   const int codes = 32 / bits;
@@ -44,10 +44,8 @@ INLINE void fused_score_block(int exact, int bits, int rows, const packed *p, co
       for (long w = 0; w < group_words; w++, word += TILE, x += codes * rows) {
         const vu word0 = load_words(word), word1 = load_words(word + LANES);
         UNROLL for (int i = 0; i < codes; i++) {
-          vf key0 = to_float((word0 >> i * bits) & ((1u << bits) - 1));
-          vf key1 = to_float((word1 >> i * bits) & ((1u << bits) - 1));
-          if (exact) key0 = key0 * scale0 + bias0, key1 = key1 * scale1 + bias1;
-          key0 = keep(key0), key1 = keep(key1);
+          const vf key0 = keep(to_float((word0 >> i * bits) & ((1u << bits) - 1)));
+          const vf key1 = keep(to_float((word1 >> i * bits) & ((1u << bits) - 1)));
           UNROLL for (int r = 0; r < rows; r++) {
             const vf query = splat(x[i * rows + r]);
             sum[i % chains][r][0] += query * key0;
@@ -55,16 +53,13 @@ INLINE void fused_score_block(int exact, int bits, int rows, const packed *p, co
           }
         }
       }
-      if (exact && g < groups - 1) continue;
       UNROLL for (int r = 0; r < rows; r++) {
         float *to = scores + r * TILE + t;
         vf sum0 = sum[0][r][0], sum1 = sum[0][r][1];
         if (chains == 2) sum0 += sum[1][r][0], sum1 += sum[1][r][1];
-        if (!exact) {
-          sum0 = sum0 * scale0 + bias0 * q_sum[r], sum1 = sum1 * scale1 + bias1 * q_sum[r];
-          if (g) sum0 += load(to), sum1 += load(to + LANES);
-          UNROLL for (int c = 0; c < chains; c++) sum[c][r][0] = sum[c][r][1] = (vf){0};
-        }
+        sum0 = sum0 * scale0 + bias0 * q_sum[r], sum1 = sum1 * scale1 + bias1 * q_sum[r];
+        if (g) sum0 += load(to), sum1 += load(to + LANES);
+        UNROLL for (int c = 0; c < chains; c++) sum[c][r][0] = sum[c][r][1] = (vf){0};
         store(to, sum0);
         store(to + LANES, sum1);
       }
@@ -151,30 +146,20 @@ static void scale_weights(long groups, long rows, const float *weights, const fl
 }
 
 /* Dispatch to code made for the very bits and rows. */
-#define FOR_FEW_ROWS(CASE, exact, bits) \
-  CASE(exact, bits, 1) CASE(exact, bits, 2) CASE(exact, bits, 3) CASE(exact, bits, 4)
+#define FOR_FEW_ROWS(CASE, bits) CASE(bits, 1) CASE(bits, 2) CASE(bits, 3) CASE(bits, 4)
 #if ROW_BLOCK == 8
-#define FOR_MORE_ROWS(CASE, exact, bits) \
-  CASE(exact, bits, 5) CASE(exact, bits, 6) CASE(exact, bits, 7) CASE(exact, bits, 8)
+#define FOR_ROWS(CASE, bits) FOR_FEW_ROWS(CASE, bits) CASE(bits, 5) CASE(bits, 6) CASE(bits, 7) CASE(bits, 8)
 #else
-#define FOR_MORE_ROWS(CASE, exact, bits)
+#define FOR_ROWS(CASE, bits) FOR_FEW_ROWS(CASE, bits)
 #endif
-#define FOR_ALL(CASE)        \
-  FOR_FEW_ROWS(CASE, 1, 4)   \
-  FOR_FEW_ROWS(CASE, 1, 8)   \
-  FOR_FEW_ROWS(CASE, 0, 4)   \
-  FOR_FEW_ROWS(CASE, 0, 8)   \
-  FOR_MORE_ROWS(CASE, 0, 4)  \
-  FOR_MORE_ROWS(CASE, 0, 8)
-#define KEY(exact, bits, rows) (((exact) * 16 + (bits)) * 16 + (rows))
 
 /* scores [rows][TILE] = q, as prepared, times keys first .. first + count. `work`: see load_key_parts. */
-static void fused_score_tile(int exact, long rows, const packed *p, long sequence, long head, long first, long count,
-                             float *work, const float *q, float *scores) {
+static void fused_score_tile(long rows, const packed *p, long sequence, long head, long first, long count, float *work,
+                             const float *q, float *scores) {
   const key_parts k = load_key_parts(p, sequence, head, first, count, work);
-#define CASE(exact, bits, rows) \
-  case KEY(exact, bits, rows): fused_score_block(exact, bits, rows, p, &k, q, scores); break;
-  switch (KEY(exact, p->bits, rows)) { FOR_ALL(CASE) }
+#define CASE(bits, rows) \
+  case bits * 16 + rows: fused_score_block(bits, rows, p, &k, q, scores); break;
+  switch (p->bits * 16 + rows) { FOR_ROWS(CASE, 4) FOR_ROWS(CASE, 8) }
 #undef CASE
 }
 
@@ -193,10 +178,17 @@ static void fused_output_tile(int exact, long rows, const packed *p, long sequen
     scale_weights(groups, rows, weights, by_group, by_group + groups * TILE, scaled, scaled + groups * rows * TILE);
   }
 #define HALVES(rows) (LANES == 16 ? ((rows) == 1 ? 4 : (rows) <= 4 ? 2 : 1) : (rows) == 1 ? 2 : 1)
-#define CASE(exact, bits, rows) \
-  case KEY(exact, bits, rows): fused_output_rows(exact, bits, rows, HALVES(rows), p, &k, out); break;
-  switch (KEY(exact, p->bits, rows)) { FOR_ALL(CASE) }
-#undef CASE
+#define EXACT(bits, rows) \
+  case bits * 16 + rows: fused_output_rows(1, bits, rows, HALVES(rows), p, &k, out); break;
+#define SCALED(bits, rows) \
+  case bits * 16 + rows: fused_output_rows(0, bits, rows, HALVES(rows), p, &k, out); break;
+  if (exact) {
+    switch (p->bits * 16 + rows) { FOR_FEW_ROWS(EXACT, 4) FOR_FEW_ROWS(EXACT, 8) }
+  } else {
+    switch (p->bits * 16 + rows) { FOR_ROWS(SCALED, 4) FOR_ROWS(SCALED, 8) }
+  }
+#undef EXACT
+#undef SCALED
   for (long t = 0; t < count; t++) prefetch(k.codes + (TILE + t) * p->codes.row, p->dim / 8 * p->bits);
 }
 
