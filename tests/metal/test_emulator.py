@@ -181,10 +181,10 @@ def test_a_kernel_that_crashes_its_process_is_a_fault_and_the_next_one_runs(emul
     assert run(emulator, CORRECT[0])[0].item() == sum(range(32))
 
 
-def test_the_order_of_threads_can_be_shuffled() -> None:
+def test_the_order_of_threads_can_be_shuffled(emulator: Emulator) -> None:
     shuffled = Emulator(CHECK_RACES | SHUFFLE_ORDER)
     for kernel in CORRECT[:3]:
-        assert mx.array_equal(run(shuffled, kernel), run(Emulator(), kernel))
+        assert mx.array_equal(run(shuffled, kernel), run(emulator, kernel))
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32])
