@@ -3,7 +3,8 @@
 // Work: a block serves ROWS query rows (heads of one group times query positions) of one batch entry and KV head. The
 // teams of warps of all its splits deal the tiles of TILE keys among themselves like cards. A team has its own ring of
 // STAGES tiles in shared memory and shares nothing with the others until the end. It is one warp, or, where there are
-// many rows of many dimensions, two or four that divide the dimensions and add up their scores. Queries are the narrow side of every product:
+// many rows of many dimensions, two or four that divide the dimensions and add up their scores. Queries are the narrow
+// side of every product:
 //   scores  S^T[16 keys x 8 rows]  = codes(K) * Q^T         one mma a 16 dimensions
 //   output  O^T[16 dims x 8 rows] += codes(V)^T * P^T       one mma a 16 dimensions
 // so that a code is unpacked once for all rows. Codes enter the products as exact halves. A key's scale and bias are
@@ -221,7 +222,7 @@ class Decoder {
 
   __device__ __forceinline__ float* floats(int at) const { return reinterpret_cast<float*>(shared + at); }
 
-  // The parts of a tile as runs of bytes, where rows follow each other without gaps: a thread's pointers into the first.
+  // The parts of a tile as runs of bytes, where rows follow each other without gaps: a thread's pointers to the first.
   struct Runs {
     static constexpr int KEY_BYTES = C::KeyScaleTile::BYTES, VALUE_BYTES = C::SHARED_KV ? 0 : C::ValueScaleTile::BYTES;
     static constexpr int KEY_BIAS = KEY_BYTES, VALUE_SCALE = KEY_BYTES * (K::HAS_BIAS ? 2 : 1),
@@ -286,14 +287,15 @@ class Decoder {
 #pragma unroll
       for (int i = 0; i < ROUNDS; ++i) {
         const int at = i * ROUND + thread * 16;
-        const char* source = scales[i] + static_cast<u64>(tile) * static_cast<u32>(at < VALUE_SCALE ? KEY_BYTES : VALUE_BYTES);
+        const int run = at < VALUE_SCALE ? KEY_BYTES : VALUE_BYTES;
+        const char* source = scales[i] + static_cast<u64>(tile) * static_cast<u32>(run);
         int bytes = 16;
         if constexpr (PARTIAL) {
           const int begin = at < KEY_BIAS      ? at
                             : at < VALUE_SCALE ? at - KEY_BIAS
                             : at < VALUE_BIAS  ? at - VALUE_SCALE
                                                : at - VALUE_BIAS;
-          const int end = valid * (at < VALUE_SCALE ? KEY_BYTES : VALUE_BYTES) / TILE;
+          const int end = valid * run / TILE;
           bytes = max(0, min(16, end - begin));
           if (bytes == 0) source -= begin;
         }
@@ -314,7 +316,8 @@ class Decoder {
       C::ValueTile::copy_rows(stage + C::VALUES, a.values.rows(batch, kv_head), first, count, thread);
       C::ValueScaleTile::copy_rows(stage + C::VALUE_SCALES, a.value_scales.rows(batch, kv_head), first, count, thread);
       if constexpr (V::HAS_BIAS)
-        C::ValueScaleTile::copy_rows(stage + C::VALUE_BIASES, a.value_biases.rows(batch, kv_head), first, count, thread);
+        C::ValueScaleTile::copy_rows(stage + C::VALUE_BIASES, a.value_biases.rows(batch, kv_head), first, count,
+                                     thread);
     }
     if constexpr (C::ROPE > 0)
       C::RopeTile::copy_rows(stage + C::ROPE_KEYS, a.rope_keys.rows(batch, 0), first, count, thread);
@@ -402,7 +405,8 @@ class Decoder {
 #pragma unroll
           for (int p = 0; p < 4; ++p)
 #pragma unroll
-            for (int n = 0; n < NB; ++n) query[term][block][p / 2][n][p % 2] = pair(term, member * (D / TEAM / 32) + block, p, n);
+            for (int n = 0; n < NB; ++n)
+              query[term][block][p / 2][n][p % 2] = pair(term, member * (D / TEAM / 32) + block, p, n);
     } else {
       u32* fragments = reinterpret_cast<u32*>(shared + C::FRAGMENTS);
       for (int i = warp; i < TERMS * (D / 32) * 4 * NB; i += WARPS) {  // i = ((term, block), m, n, half)
@@ -458,7 +462,8 @@ class Decoder {
   static constexpr int VALUE_SCALES_AT = C::SHARED_KV ? C::KEY_SCALES : C::VALUE_SCALES;
   static constexpr int VALUE_BIASES_AT = C::SHARED_KV ? C::KEY_BIASES : C::VALUE_BIASES;
 
-  // Scores of 16 keys (the part that the warp's dimensions make) in units of the scaled queries: s[n][x] is that of key r + x / 2 * 8 and row 8n + 2t + x % 2.
+  // Scores of 16 keys (the part that the warp's dimensions make) in units of the scaled queries: s[n][x] is that of
+  // key r + x / 2 * 8 and row 8n + 2t + x % 2.
   __device__ __forceinline__ void score(float (&s)[NB][4], u32 stage, int part) const {
     const int key = 16 * part + r;
     const int first = first_key_group();
@@ -553,7 +558,8 @@ class Decoder {
         for (int x = 0; x < 4; ++x) {
           const int2 at = head_and_position(8 * n + 2 * t + x % 2);
           const int key = min(first + r + x / 2 * 8, count - 1);
-          const auto m = a.mask.data[a.mask.offset(batch, at.x, at.y) + (a.mask.shape[3] > 1 ? key * a.mask.strides[3] : 0)];
+          const i64 column = a.mask.shape[3] > 1 ? key * a.mask.strides[3] : 0;
+          const auto m = a.mask.data[a.mask.offset(batch, at.x, at.y) + column];
           if constexpr (C::MASK == BOOLEAN) {
             if (!m) s[n][x] = minus_infinity();
           } else {

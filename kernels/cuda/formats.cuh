@@ -152,10 +152,12 @@ __device__ __forceinline__ void load_keys(u32 (&low)[4], u32 (&high)[4], u32 row
           d[2] = take_fields<F, 4, 0>(c), d[3] = take_fields<F, 7, 3>(c);
         } else if constexpr (F::BITS == 5) {
           d[0] = take_fields<F, 0, 4>(a), d[1] = take_fields<F, 0, 4>(a >> 5);
-          d[2] = take_fields<F, 0, 4>(__funnelshift_r(a, b, 10)), d[3] = take_fields<F, 0, 4>(__funnelshift_r(a, b, 15));
+          d[2] = take_fields<F, 0, 4>(__funnelshift_r(a, b, 10));
+          d[3] = take_fields<F, 0, 4>(__funnelshift_r(a, b, 15));
         } else {
           d[0] = take_fields<F, 4, 0>(a << 4), d[1] = take_fields<F, 4, 0>(a >> 2);
-          d[2] = take_fields<F, 4, 0>(__funnelshift_r(a, b, 20)), d[3] = take_fields<F, 4, 0>(__funnelshift_r(a, b, 26));
+          d[2] = take_fields<F, 4, 0>(__funnelshift_r(a, b, 20));
+          d[3] = take_fields<F, 4, 0>(__funnelshift_r(a, b, 26));
         }
       }
     }

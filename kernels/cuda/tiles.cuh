@@ -24,8 +24,8 @@ __device__ __forceinline__ bool rows_contiguous(const Rows<T>& x, int row, int b
   return x.element_stride == 1 && x.row_stride == row && reinterpret_cast<u64>(x.data) % bytes == 0;
 }
 
-// How TILE rows of ROW_BYTES bytes each lie in shared memory: PITCH bytes apart, an odd number of 16-byte units, so that
-// 8 rows of 16 bytes each lie in distinct banks.
+// How TILE rows of ROW_BYTES bytes each lie in shared memory: PITCH bytes apart, an odd number of 16-byte units, so
+// that 8 rows of 16 bytes each lie in distinct banks.
 template <int TILE, int THREADS, int ROW_BYTES_, typename T>
 struct RowTile {
   static constexpr int ROW_BYTES = ROW_BYTES_;
@@ -73,7 +73,8 @@ struct RowTile {
 
  private:
   template <int SIZE>
-  __device__ __forceinline__ static void copy_chunks(u32 shared, const Rows<T>& rows, int first, int count, int thread) {
+  __device__ __forceinline__ static void copy_chunks(u32 shared, const Rows<T>& rows, int first, int count,
+                                                     int thread) {
     constexpr int PER_ROW = ROW_BYTES / SIZE;
     for (int c = thread; c < TILE * PER_ROW; c += THREADS) {
       const int row = c / PER_ROW, column = c % PER_ROW;
