@@ -40,7 +40,7 @@ typedef struct {
 
 typedef struct {
   float *q, *keys, *values, *scores, *out, *peak, *total, *decay, *mask, *work; /* total: LANES partial ones a row */
-  float *exact_q, *exact_keys; /* as doubles, for float32 queries */
+  float *exact_q, *exact_scores; /* as doubles, for float32 queries */
 } memory;
 
 static size_t aligned(size_t n) { return (n + 15) / 16 * 16; }
@@ -59,9 +59,9 @@ static size_t part_memory(const plan *p, float *start, memory *m) {
   const size_t sizes[] = {rows * (size_t)p->dim, (size_t)p->dim * TILE, value_dim * TILE, rows * TILE,
                           rows * value_dim,      rows,                  rows * LANES,     rows,
                           TILE,                  work,
-                          2 * rows * exact_dim,  2 * TILE * exact_dim};
+                          2 * rows * exact_dim,  exact_dim ? 2 * rows * TILE : 0};
   float **parts[] = {&m->q, &m->keys, &m->values, &m->scores, &m->out, &m->peak, &m->total, &m->decay, &m->mask,
-                     &m->work, &m->exact_q, &m->exact_keys};
+                     &m->work, &m->exact_q, &m->exact_scores};
   size_t used = 0;
   for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
     if (start) *parts[i] = start + used;
@@ -92,10 +92,6 @@ static void load_queries(const plan *p, const piece *w, float *q) {
               q + c->keys.dim);
     for (long d = c->keys.dim + c->rope_dim; d < p->dim; d++) q[d] = 0;
   }
-}
-
-static void widen(const float *restrict from, long n, double *restrict to) {
-  for (long i = 0; i < n; i++) to[i] = from[i];
 }
 
 static void load_rope_keys(const plan *p, const piece *w, long first, long count, float *row, float *to) {
@@ -187,8 +183,7 @@ static void attend_piece(const plan *p, const piece *w, const memory *m) {
       unpack_keys(&p->keys, w->sequence, w->kv_head, first, count, m->work, m->keys);
       if (c->rope_dim) load_rope_keys(p, w, first, count, m->work, m->keys + c->keys.dim * TILE);
       if (exact) {
-        widen(m->keys, p->dim * TILE, (double *)m->exact_keys);
-        exact_score_tile(w->rows, (double *)m->exact_q, p->dim, p->dim, (double *)m->exact_keys, m->scores);
+        exact_score_tile(w->rows, (double *)m->exact_q, p->dim, p->dim, m->keys, (double *)m->exact_scores, m->scores);
       } else {
         score_tile(w->rows, m->q, p->dim, p->dim, m->keys, m->scores);
       }

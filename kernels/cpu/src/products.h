@@ -69,16 +69,17 @@ typedef double vd __attribute__((vector_size(4 * LANES)));
 
 INLINE vd keep_doubles(vd v) { return (vd)keep((vf)v); }
 
-INLINE void exact_score_block(int rows, const double *q, long q_row, long dim, const double *keys, float *scores) {
+/* sums [rows][TILE] += q [rows][q_row] times keys [dim][TILE]. */
+INLINE void exact_score_block(int rows, const double *q, long q_row, long dim, const double *keys, double *sums) {
   for (int t = 0; t < TILE; t += HALVES_AT_ONCE * HALF) {
     vd sum[4][HALVES_AT_ONCE];
     UNROLL for (int r = 0; r < rows; r++) {
-      UNROLL for (int v = 0; v < HALVES_AT_ONCE; v++) sum[r][v] = (vd){0};
+      UNROLL for (int v = 0; v < HALVES_AT_ONCE; v++) memcpy(&sum[r][v], sums + r * TILE + t + v * HALF, sizeof(vd));
     }
     for (long d = 0; d < dim; d++) {
       vd key[HALVES_AT_ONCE];
       UNROLL for (int v = 0; v < HALVES_AT_ONCE; v++) {
-        memcpy(&key[v], keys + d * TILE + t + v * HALF, sizeof key[v]);
+        memcpy(&key[v], keys + d * TILE + t + v * HALF, sizeof(vd));
         key[v] = keep_doubles(key[v]);
       }
       UNROLL for (int r = 0; r < rows; r++) {
@@ -87,22 +88,36 @@ INLINE void exact_score_block(int rows, const double *q, long q_row, long dim, c
       }
     }
     UNROLL for (int r = 0; r < rows; r++) {
-      UNROLL for (int v = 0; v < HALVES_AT_ONCE; v++) {
-        UNROLL for (int i = 0; i < HALF; i++) scores[r * TILE + t + v * HALF + i] = (float)sum[r][v][i];
-      }
+      UNROLL for (int v = 0; v < HALVES_AT_ONCE; v++) memcpy(sums + r * TILE + t + v * HALF, &sum[r][v], sizeof(vd));
     }
   }
 }
 
-static void exact_score_tile(long rows, const double *q, long q_row, long dim, const double *keys, float *scores) {
-  for (; rows > 0; rows -= 4, q += 4 * q_row, scores += 4 * TILE) {
-    switch (rows < 4 ? rows : 4) {
-      case 1: exact_score_block(1, q, q_row, dim, keys, scores); break;
-      case 2: exact_score_block(2, q, q_row, dim, keys, scores); break;
-      case 3: exact_score_block(3, q, q_row, dim, keys, scores); break;
-      default: exact_score_block(4, q, q_row, dim, keys, scores); break;
+static void widen(const float *restrict from, long n, double *restrict to) {
+  for (long i = 0; i < n; i++) to[i] = from[i];
+}
+
+/* `sums`: rows * TILE doubles to work with. The keys are widened a few dimensions at a time, so that they stay in the
+   first level of cache. */
+static void exact_score_tile(long rows, const double *q, long q_row, long dim, const float *keys, double *sums,
+                             float *scores) {
+  enum { STEP = 16 };
+  double wide[STEP * TILE];
+  memset(sums, 0, (size_t)(rows * TILE) * sizeof *sums);
+  for (long d = 0; d < dim; d += STEP) {
+    const long count = dim - d < STEP ? dim - d : STEP;
+    widen(keys + d * TILE, count * TILE, wide);
+    for (long r = 0; r < rows; r += 4) {
+      const double *x = q + r * q_row + d;
+      switch (rows - r < 4 ? rows - r : 4) {
+        case 1: exact_score_block(1, x, q_row, count, wide, sums + r * TILE); break;
+        case 2: exact_score_block(2, x, q_row, count, wide, sums + r * TILE); break;
+        case 3: exact_score_block(3, x, q_row, count, wide, sums + r * TILE); break;
+        default: exact_score_block(4, x, q_row, count, wide, sums + r * TILE); break;
+      }
     }
   }
+  for (long i = 0; i < rows * TILE; i++) scores[i] = (float)sums[i];
 }
 
 /* `vectors` vectors of `rows` output rows: out = out * decay + weights * values. */
