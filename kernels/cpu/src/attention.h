@@ -2,8 +2,8 @@
 
    The query rows of a KV head (all positions of all query heads of its group) are cut into blocks, and where that gives
    too few pieces for the threads, so are the keys. Each piece goes over its keys in tiles: keys and values are
-   unpacked once for all rows of the block, scores and softmax are float32, and the softmax is online (Milakov and
-   Gimelshein 2018, as in FlashAttention), so that no score matrix exists. Pieces of the same rows are merged by their
+   unpacked once for all rows of the block, and the softmax is online (Milakov and Gimelshein 2018, as in
+   FlashAttention), in float32, so that no score matrix exists. Pieces of the same rows are merged by their
    log-sum-exps. Row = position * group + head in group: a causal block needs no tile beyond its last position. */
 #ifndef QSDPA_ATTENTION_H
 #define QSDPA_ATTENTION_H
@@ -16,8 +16,6 @@
 
 enum { NO_MASK, CAUSAL, BOOLEAN, ADDITIVE };
 enum { MOST_ROWS = 128, FEWEST_KEYS = 256 }; /* of a piece */
-
-enum { VIEWS = 12 };
 
 /* Filled by Python as consecutive 64-bit integers: the views by qsdpa_views, the rest in plans.py. */
 typedef struct {
@@ -256,7 +254,9 @@ static void run_piece(void *argument, long item, float *start) {
   attend_piece(p, &w, &m);
   const long value_dim = c->values.dim;
   if (p->splits == 1) {
-    for (long r = 0; r < w.rows; r++) write_row(p, &w, r, m.out + r * value_dim, m.peak[r], lanes_sum(load(m.total + r * LANES)));
+    for (long r = 0; r < w.rows; r++) {
+      write_row(p, &w, r, m.out + r * value_dim, m.peak[r], lanes_sum(load(m.total + r * LANES)));
+    }
     return;
   }
   const long width = value_dim + 2, stride = (p->rows < MOST_ROWS ? p->rows : MOST_ROWS) * width;

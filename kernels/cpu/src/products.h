@@ -1,7 +1,7 @@
 /* The two products of attention over one tile of keys, blocked for registers.
 
    Both hold a block of accumulators, read each vector of the tile once for all rows of the block and each number of
-   the other operand once for all vectors. Blocks of few rows are wider or unrolled, to hide the latency of the adders. */
+   the other operand once for all vectors. Blocks of few rows are wider or unrolled, to hide the adders' latency. */
 #ifndef QSDPA_PRODUCTS_H
 #define QSDPA_PRODUCTS_H
 
@@ -61,8 +61,8 @@ static void score_tile(long rows, const float *q, long q_row, long dim, const fl
   }
 }
 
-/* The same with sums in double: float32 queries are promised 1e-5, and where one channel of the keys is much larger than
-   the others, rounding it into every sum that follows costs more. */
+/* The same with sums in double: float32 queries are promised 1e-5, and where one channel of the keys is much larger
+   than the others, rounding it into every sum that follows costs more. */
 typedef double vd __attribute__((vector_size(4 * LANES)));
 #define HALF (LANES / 2)
 #define HALVES_AT_ONCE (LANES == 16 ? 4 : 2)

@@ -296,7 +296,8 @@ INLINE vu value_codes(int bits, const uint8_t *from, int i) {
   typedef uint64_t vu64 __attribute__((vector_size(64)));
   if (bits == 4) {
     const vu pairs = (vu)((vu64){0} + bytes_at(from, 8));
-    return shifted_codes(__builtin_shufflevector(pairs, pairs, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1), 4, 8, 4);
+    const vu words = __builtin_shufflevector(pairs, pairs, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+    return shifted_codes(words, 4, 8, 4);
   }
   uint64_t x[2];
   UNROLL for (int k = 0; k < 2; k++) {

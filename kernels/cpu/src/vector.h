@@ -1,4 +1,5 @@
-/* Vectors of the host's widest registers, by the compiler's vector extensions (gcc and clang), and what is built of them. */
+/* Vectors of the host's widest registers, by the compiler's vector extensions (gcc and clang), and what is built of
+   them. */
 #ifndef QSDPA_VECTOR_H
 #define QSDPA_VECTOR_H
 
