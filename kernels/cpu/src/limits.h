@@ -38,7 +38,7 @@ static void multiply_add_piece(void *argument, long item, float *memory) {
   store(memory, sum[0]);
 }
 
-/* About `count` float32 multiply-adds in registers, on `threads` threads. Returns how many it did, or 0 without memory. */
+/* Does about `count` float32 multiply-adds on `threads` threads. Returns how many, or 0 without memory. */
 __attribute__((visibility("default"))) long qsdpa_multiply_add(long count, long threads) {
   const long items = 16 * threads;
   long rounds = count / (items * CHAINS * LANES) + 1;
