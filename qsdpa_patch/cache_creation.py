@@ -5,6 +5,7 @@ Each ``make_*`` takes the original and returns what takes its place.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -108,14 +109,18 @@ def _is_plain(cache: Any) -> bool:
 def _plan(cache: Any, tag: LayerTag | None, index: int, part: int) -> LayerPlan:
     if tag is None:
         return LayerPlan(latent=_looks_latent(cache))
-    return adapter_for(tag.model_type).plan(Layer(tag.model_type, index, part, cache))
+    adapter = adapter_for(tag.model_type)
+    try:
+        return adapter.plan(Layer(tag.model_type, index, part, cache))
+    except Exception as error:  # an adapter must not stop generation; a cache left alone is always right
+        _log_failed_adapter(adapter.name, tag.model_type)
+        return LayerPlan(keep=f"adapter {adapter.name!r} failed: {error}")
 
 
-def _small_window(cache: Any) -> str:
-    """Why a cache of a sliding window or a chunk stays as it is, or an empty string."""
-    window = getattr(cache, "max_size", None) or getattr(cache, "chunk_size", None)
-    limit = router.settings.keep_windows
-    return f"keep_windows={limit} says so for windows of {window} rows" if window and window <= limit else ""
+@functools.cache
+def _log_failed_adapter(name: str, model_type: str) -> None:
+    """Log the exception being handled; once for an adapter and model, since each token asks again."""
+    logger.exception("adapter %r failed for %s: caches stay as they are", name, model_type)
 
 
 def _looks_latent(cache: Any) -> bool:

@@ -176,6 +176,21 @@ def test_a_prompt_cache_of_other_bits_stays_as_it_is_and_says_so(loaded: Any, ca
     assert "came quantized as 8-bit" in str(qsdpa_patch.report())
 
 
+def test_an_adapter_that_raises_leaves_the_cache_alone_and_says_so(
+    loaded: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    def plan_layer(layer: qsdpa_patch.Layer) -> qsdpa_patch.LayerPlan:
+        raise KeyError("layer_types")
+
+    qsdpa_patch.register_adapter(qsdpa_patch.Adapter(name="theirs", model_types=("llama",), plan_layer=plan_layer))
+    model, _ = loaded
+    cache = mlx_lm_cache.make_prompt_cache(model)
+    assert greedy(model, PROMPT, cache, kv_bits=4, quantized_kv_start=0) == greedy(model, PROMPT)
+    assert all(type(layer) is mlx_lm_cache.KVCache for layer in cache)
+    assert "adapter 'theirs' failed: 'layer_types'" in str(qsdpa_patch.report())
+    assert caplog.text.count("adapter 'theirs' failed for llama: caches stay as they are") == 1
+
+
 def test_a_rotating_cache_is_quantized(loaded: Any) -> None:
     """``--max-kv-size`` with ``--kv-bits``, which stock refuses; the window is crossed."""
     model, _ = loaded

@@ -1,7 +1,8 @@
 """mlx-lm's real server in a process of its own, started as a user would, plus a way to ask how it is doing.
 
 Run as ``python -m tests.serving.server_process STATUS_FILE SERVER_ARGUMENTS...``. On SIGUSR1 it writes to STATUS_FILE
-the widest batch so far, the active memory and the report; the server itself is untouched.
+the widest batch so far, the active memory and the report; the server itself is untouched. With FAIL_AT_CALL in the
+environment, the CPU kernel raises at that call, once.
 """
 
 from __future__ import annotations
@@ -83,11 +84,28 @@ def _wait_until_ready(server: Server) -> None:
     raise RuntimeError(f"the server did not start: {server.log.read_text()[-2000:]}")
 
 
+def _make_kernel_fail(at_call: int) -> None:
+    from qsdpa_patch.kernels.cpu import backend
+
+    attend, calls = backend.attend, 0
+
+    def failing_attend(call: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == at_call:
+            raise RuntimeError("the kernel was made to fail")
+        return attend(call)
+
+    backend.attend = failing_attend
+
+
 def _main(status_file: str, arguments: list[str]) -> None:
     import mlx.core as mx
     import mlx_lm.server
     from mlx_lm.generate import GenerationBatch
 
+    if os.environ.get("FAIL_AT_CALL"):
+        _make_kernel_fail(int(os.environ["FAIL_AT_CALL"]))
     widest = 0
     step = GenerationBatch._step
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import openai
 import pytest
 
+from qsdpa_patch.kernels.cpu import backend as cpu_backend
 from tests.qsdpa_patch.demo.tiny_model import write_tiny_model
 from tests.serving.server_process import Server, running_server
 
@@ -106,6 +107,18 @@ def test_a_format_that_there_is_not_is_said_once_and_the_server_goes_on(model: P
         assert running.process.poll() is None
         log = running.log.read_text()
         assert log.count("--kv-bits 7 --kv-group-size 64: bits=7 is not supported: affine formats take bits in") == 1
+
+
+@pytest.mark.skipif(not cpu_backend.is_available()[0], reason="no CPU kernel is here that could fail")
+def test_a_kernel_that_fails_in_the_middle_of_a_request_costs_nothing(
+    server: Server, model: Path, tmp_path: Path
+) -> None:
+    wanted = asyncio.run(all_at_once(server))
+    with running_server(model, tmp_path, *FLAGS, QSDPA_PATCH="1", FAIL_AT_CALL="101") as running:
+        assert asyncio.run(all_at_once(running)) == wanted
+        calls = running.status()["calls"]
+        assert calls["fused"] >= 100
+        assert running.log.read_text().count("the kernel was made to fail") == 1
 
 
 def test_without_the_patch_requests_are_served_one_by_one(model: Path, tmp_path: Path) -> None:
