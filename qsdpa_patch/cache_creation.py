@@ -123,6 +123,13 @@ def _log_failed_adapter(name: str, model_type: str) -> None:
     logger.exception("adapter %r failed for %s: caches stay as they are", name, model_type)
 
 
+def _small_window(cache: Any) -> str:
+    """Why a cache of a sliding window or a chunk stays as it is, or an empty string."""
+    window = getattr(cache, "max_size", None) or getattr(cache, "chunk_size", None)
+    limit = router.settings.keep_windows
+    return f"keep_windows={limit} says so for windows of {window} rows" if window and window <= limit else ""
+
+
 def _looks_latent(cache: Any) -> bool:
     """Whether a cache of unknown origin holds an MLA latent: one head, and rope keys much narrower than the latent."""
     keys, values = cache.keys, cache.values
