@@ -21,6 +21,7 @@ from qsdpa_patch.adapter_registry import adapter_for, adapters
 from qsdpa_patch.dispatcher import router
 from qsdpa_patch.kernels.attention_call import Signature
 from qsdpa_patch.kernels.backends import BACKENDS, default_backend_name, load_backend
+from qsdpa_patch.kernels.cpu import backend as cpu_backend
 from qsdpa_patch.kernels.format import Format
 from qsdpa_patch.settings import installed_model_types, is_truthy, resolve_settings
 from qsdpa_patch.targets import TARGETS, source_hash
@@ -52,6 +53,7 @@ def all_findings() -> Iterator[Finding]:
     yield from _targets()
     yield from _backends()
     yield from _kernels()
+    yield from _cpu_library()
     yield from _models()
 
 
@@ -121,7 +123,8 @@ def _backends() -> Iterator[Finding]:
     chosen = default_backend_name()
     for name in BACKENDS:
         try:
-            available, reason = load_backend(name).is_available()
+            backend = load_backend(name)
+            available, reason = backend.is_available()
         except Exception as error:
             available, reason = False, str(error)
         if available:
@@ -130,6 +133,12 @@ def _backends() -> Iterator[Finding]:
             yield Finding("kernels", f"{name}: {reason}", "until then every call takes plain ops")
         else:
             yield Finding("kernels", f"{name}: {reason}")
+
+
+def _cpu_library() -> Iterator[Finding]:
+    """Where the CPU kernel's compiled library comes from; last, when the shapes above have made it ready."""
+    facts = cpu_backend.describe()
+    yield Finding("CPU kernel", ", ".join(f"{name}: {fact}" for name, fact in facts.items()))
 
 
 def _kernels() -> Iterator[Finding]:
