@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -84,14 +85,34 @@ def test_sixty_four_clients_get_what_each_gets_alone(server: Server) -> None:
     assert status["calls"]["stock"] == 0, "everything in the batch is quantized"
 
 
-def test_cancelled_requests_disturb_no_one_and_leave_nothing(server: Server) -> None:
-    first = asyncio.run(all_at_once(server))
-    before = server.status()["active_memory"]
-    cancelled = asyncio.run(all_at_once(server, cancel_every=3))
-    again = asyncio.run(all_at_once(server))
-    assert again == first
-    assert all(text == wanted for i, (text, wanted) in enumerate(zip(cancelled, first, strict=True)) if i % 3)
-    assert server.status()["active_memory"] <= before * 1.05
+def test_cancelled_requests_disturb_no_one_and_leave_nothing(model: Path, tmp_path: Path) -> None:
+    """Without the server's store of prompts, whose size depends on which requests came last.
+
+    What is held after a round still varies by some hundred kilobytes, with the patch and without it, by what the last
+    requests left to be collected; the least of several rounds does not.
+    """
+    flags = [*FLAGS]
+    flags[flags.index("--prompt-cache-size") + 1] = "0"
+    with running_server(model, tmp_path, *flags, QSDPA_PATCH="1") as running:
+        before, after = [], []
+        for _ in range(2):
+            first = asyncio.run(all_at_once(running))
+            before.append(settled_memory(running))
+        for _ in range(4):
+            cancelled = asyncio.run(all_at_once(running, cancel_every=3))
+            assert all(text == wanted for i, (text, wanted) in enumerate(zip(cancelled, first, strict=True)) if i % 3)
+            after.append(settled_memory(running))
+        assert asyncio.run(all_at_once(running)) == first
+        assert min(after) <= min(before) * 1.05
+
+
+def settled_memory(server: Server) -> int:
+    """Active memory once two looks in a row agree: the last requests may still be on their way out."""
+    last, now = -1, int(server.status()["active_memory"])
+    while now != last:
+        time.sleep(0.5)
+        last, now = now, int(server.status()["active_memory"])
+    return now
 
 
 def test_a_format_that_there_is_not_is_said_once_and_the_server_goes_on(model: Path, tmp_path: Path) -> None:
