@@ -10,12 +10,12 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
+from qsdpa_patch.adapter_registry import registered_model_types
 from qsdpa_patch.kernels.backends import CHOICES
 from qsdpa_patch.kernels.format import AFFINE_BITS, FLOAT_FORMATS, Format
 
 __all__ = [
     "DEFAULT_SETTINGS",
-    "LOG_LEVELS",
     "ROTATIONS",
     "Settings",
     "installed_model_types",
@@ -26,7 +26,6 @@ __all__ = [
 _TRUE = ("1", "true", "yes", "on")
 _FALSE = ("", "0", "false", "no", "off")
 ROTATIONS = (False, True, "keys", "values")
-LOG_LEVELS = ("off", "error", "warning", "info", "debug")
 
 
 @dataclass(frozen=True)
@@ -176,18 +175,12 @@ def _checked_models(models: Iterable[str]) -> frozenset[str]:
     chosen = frozenset(models)
     if not chosen:
         raise ValueError("models=[] would cover nothing: leave it out for all models, or name some")
-    known = installed_model_types() | _registered_model_types()
+    known = installed_model_types() | registered_model_types()
     for name in sorted(chosen - known, key=str):
         near = difflib.get_close_matches(str(name), known, n=3)
         hint = f": did you mean {' or '.join(map(repr, near))}?" if near else f", which has {len(known)} others"
         raise ValueError(f"models: {name!r} is no model type of the installed mlx-lm{hint}")
     return chosen
-
-
-def _registered_model_types() -> frozenset[str]:
-    from qsdpa_patch.adapter_registry import registered_model_types
-
-    return registered_model_types()
 
 
 def _format(bits: int | str, group_size: int, rotated: bool) -> Format:
