@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx_lm
 from rich.console import Console
 
+from qsdpa_patch.argument_types import positive
 from qsdpa_patch.bench.plan import DTYPES, SUITES, plan_cases
 from qsdpa_patch.bench.plot import PlotError, load_pyplot, write_plot
 from qsdpa_patch.bench.runner import BenchmarkOptions, run_cases
@@ -39,17 +40,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "cache), e2e (steps of a whole model)",
     )  # fmt: skip
     shape = parser.add_argument_group("shape (defaults depend on the suite)")
-    shape.add_argument("--context", type=_positive, nargs="+", metavar="N", help="keys in the cache, one or more")
-    shape.add_argument("--batch", type=_positive, default=1, metavar="B", help="default: 1")
-    shape.add_argument("--heads", type=_positive, metavar="H", help="query heads")
-    shape.add_argument("--kv-heads", type=_positive, metavar="H", help="key and value heads (mla: always 1)")
-    shape.add_argument("--head-dim", type=_positive, metavar="D", help="of queries and keys; of the latent in mla")
-    shape.add_argument("--value-dim", type=_positive, metavar="D", help="of values, by default as keys")
-    shape.add_argument("--query-length", type=_positive, metavar="L", help="query rows")
+    shape.add_argument("--context", type=positive, nargs="+", metavar="N", help="keys in the cache, one or more")
+    shape.add_argument("--batch", type=positive, default=1, metavar="B", help="default: 1")
+    shape.add_argument("--heads", type=positive, metavar="H", help="query heads")
+    shape.add_argument("--kv-heads", type=positive, metavar="H", help="key and value heads (mla: always 1)")
+    shape.add_argument("--head-dim", type=positive, metavar="D", help="of queries and keys; of the latent in mla")
+    shape.add_argument("--value-dim", type=positive, metavar="D", help="of values, by default as keys")
+    shape.add_argument("--query-length", type=positive, metavar="L", help="query rows")
     shape.add_argument(
         "--model", metavar="PATH_OR_HUB_ID", help="e2e: a model as mlx-lm takes it, by default a random Llama"
     )
-    shape.add_argument("--layers", type=_positive, default=4, help="e2e: layers of the random Llama (4)")
+    shape.add_argument("--layers", type=positive, default=4, help="e2e: layers of the random Llama (4)")
     stored = parser.add_argument_group("formats")
     stored.add_argument("--bits", type=int, nargs="+", default=[], help="affine, keys and values alike (4)")
     stored.add_argument("--group-size", type=int, default=64, choices=AFFINE_GROUP_SIZES, help="default: 64")
@@ -62,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     timing.add_argument("--device", choices=("cpu", "gpu"), help="by default MLX's")
     timing.add_argument("--kernels", choices=CHOICES, default="auto", help="default: %(default)s")
     timing.add_argument("--seconds", type=_seconds, default=1.0, help="of measuring time for each path (1)")
-    timing.add_argument("--calls", type=_positive, help="per timed run; 1 on the CPU, up to 40 on a GPU")
+    timing.add_argument("--calls", type=positive, help="per timed run; 1 on the CPU, up to 40 on a GPU")
     output = parser.add_argument_group("output")
     output.add_argument("--json", metavar="FILE", help="write all samples as JSON ('-': to standard output, alone)")
     output.add_argument("--plot", metavar="FILE.png", help="draw the medians; needs matplotlib")
@@ -105,13 +106,6 @@ def _choose_device(name: str | None) -> None:
         raise ValueError("--device gpu: this build of MLX has no GPU")
     if name is not None:
         mx.set_default_device(mx.gpu if name == "gpu" else mx.cpu)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is less than 1")
-    return value
 
 
 def _seconds(text: str) -> float:

@@ -12,6 +12,7 @@ import mlx.core as mx
 import mlx_lm
 from rich.console import Console
 
+from qsdpa_patch.argument_types import at_least_two, positive
 from qsdpa_patch.demo.comparison import compare
 from qsdpa_patch.demo.package_file import FetchError
 from qsdpa_patch.demo.render import print_comparison
@@ -35,9 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--model", metavar="PATH_OR_HUB_ID", help="a model of your own instead, as mlx-lm takes it")
     parser.add_argument("--prompt", default=_PROMPT, help="default: %(default)s")
-    parser.add_argument("--max-tokens", type=_positive, default=48, metavar="N", help="to generate at most (48)")
+    parser.add_argument("--max-tokens", type=positive, default=48, metavar="N", help="to generate at most (48)")
     parser.add_argument(
-        "--text-tokens", type=_at_least_two, default=160, metavar="N",
+        "--text-tokens", type=at_least_two, default=160, metavar="N",
         help="length of the fixed text that distributions are compared on (160; it has about 330)",
     )  # fmt: skip
     parser.add_argument(
@@ -110,18 +111,3 @@ def _compare(model: Any, tokenizer: Any, args: argparse.Namespace) -> None:
             return
         Path(args.json).write_text(text + "\n", encoding="utf-8")
     print_comparison(comparison, Console())
-
-
-def _positive(text: str) -> int:
-    return _bounded(text, 1)
-
-
-def _at_least_two(text: str) -> int:
-    return _bounded(text, 2)
-
-
-def _bounded(text: str, least: int) -> int:
-    value = int(text)
-    if value < least:
-        raise argparse.ArgumentTypeError(f"{value} is less than {least}")
-    return value

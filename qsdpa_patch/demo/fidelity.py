@@ -11,6 +11,8 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
+from qsdpa_patch.routes import MAX_FUSED_QUERY_LENGTH
+
 __all__ = [
     "FUSED_ROWS",
     "Fidelity",
@@ -21,7 +23,7 @@ __all__ = [
     "quantized_prompt_cache",
 ]
 
-FUSED_ROWS = 16
+FUSED_ROWS = MAX_FUSED_QUERY_LENGTH
 """Tokens fed at a time: as many query rows as the fused kernels take, so that these are what is measured."""
 
 

