@@ -11,7 +11,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from qsdpa_patch.kernels.format import Format
-from qsdpa_patch.kernels.quantized_tensor import QuantizedTensor
+from qsdpa_patch.kernels.quantized_tensor import PackedStack, QuantizedTensor
 from qsdpa_patch.kernels.rotation import rotate
 
 __all__ = ["AttentionCall", "RopeTerm", "Signature", "check_call"]
@@ -95,7 +95,15 @@ class AttentionCall:
 
     @property
     def key_count(self) -> int:
-        return self.keys.codes.shape[2]
+        return self.keys.shape[2]
+
+    @property
+    def stack(self) -> PackedStack | None:
+        """The stack of keys and values, in this order, where they are one: its two arrays hold all their parts."""
+        stack = self.keys.stack
+        if stack is None or stack is not self.values.stack or (self.keys.index, self.values.index) != (0, 1):
+            return None
+        return stack if stack.count == 2 else None
 
 
 def check_call(
@@ -132,7 +140,7 @@ def check_call(
         queries = mx.pad(queries, [(0, 0), (0, 0), (0, 0), (0, padding)])
     signature = Signature(
         batch, query_heads, kv_heads, length, key_dim + padding, values.padded_dim, queries.dtype,
-        keys.format.packing, values.format.packing, keys.scales.dtype, values.scales.dtype, mask_kind,
+        keys.format.packing, values.format.packing, keys.scale_dtype, values.scale_dtype, mask_kind,
         sinks is not None, 0 if rope is None else rope.queries.shape[-1], values is keys,
     )  # fmt: skip
     return AttentionCall(queries, keys, values, float(scale), mask, sinks, rope, signature)
@@ -152,10 +160,10 @@ def _check_keys_values(queries: mx.array, keys: QuantizedTensor, values: Quantiz
     for name, tensor in (("keys", keys), ("values", values)):
         if type(tensor) is not QuantizedTensor:
             raise TypeError(f"{name} are {type(tensor).__name__}: give a QuantizedTensor (see quantize)")
-        if tensor.codes.ndim != 4:
+        if tensor.ndim != 4:
             raise ValueError(f"{name} have shape {tuple(tensor.shape)}: give [batch, kv_heads, count, head_dim]")
     batch, query_heads, _, dim = queries.shape
-    k_batch, kv_heads, count, _ = keys.codes.shape
+    k_batch, kv_heads, count, _ = keys.shape
     if k_batch != batch or keys.dim != dim:
         raise ValueError(
             f"keys have shape {tuple(keys.shape)}: queries {tuple(queries.shape)} take "
@@ -163,7 +171,7 @@ def _check_keys_values(queries: mx.array, keys: QuantizedTensor, values: Quantiz
         )
     if kv_heads == 0 or query_heads % kv_heads:
         raise ValueError(f"{query_heads} query heads are no multiple of {kv_heads} key heads")
-    if values.codes.shape[:3] != keys.codes.shape[:3]:
+    if values.shape[:3] != keys.shape[:3]:
         raise ValueError(
             f"values have shape {tuple(values.shape)}: keys {tuple(keys.shape)} take "
             f"[{batch}, {kv_heads}, {count}, value_dim]"

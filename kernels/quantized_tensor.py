@@ -7,7 +7,7 @@ uses it. Kernels take the packed parts instead.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -15,7 +15,7 @@ import mlx.core as mx
 from qsdpa_patch.kernels.format import Format
 from qsdpa_patch.kernels.rotation import rotate
 
-__all__ = ["QuantizedTensor", "dequantize_parts", "quantize", "quantize_parts"]
+__all__ = ["PackedStack", "QuantizedTensor", "dequantize_parts", "quantize", "quantize_parts", "stack_parts"]
 
 _SCALE_DTYPES = (mx.float16, mx.bfloat16, mx.float32)
 
@@ -35,15 +35,23 @@ class QuantizedTensor(mx.array):
     The parts may be slices of larger buffers. Build one with :func:`quantize`, or from the parts of
     :func:`mlx.core.quantize`.
 
+    Attributes:
+        format, dim: as given.
+        padded_dim: stored row length, ``dim`` rounded up to a multiple of 32.
+        scale_dtype: that of the scales.
+        stack, index: the :class:`PackedStack` that the tensor is one of, or ``None``, and which one of it.
+
     Raises:
         ValueError, TypeError: when a part's shape or dtype does not fit ``format``.
     """
 
-    codes: mx.array
-    scales: mx.array
-    biases: mx.array | None
     format: Format
     dim: int
+    padded_dim: int
+    scale_dtype: mx.Dtype
+    stack: PackedStack | None
+    index: int
+    _parts: tuple[mx.array, ...] | None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> QuantizedTensor:
         return mx.array.__new__(cls)
@@ -62,21 +70,39 @@ class QuantizedTensor(mx.array):
         dim = padded if dim is None else dim
         _check_parts(codes, scales, biases, format, padded, dim)
         super().__init__(_logical(dequantize_parts(codes, scales, biases, format, dtype), format, dim))
-        self.codes = codes
-        self.scales = scales
-        self.biases = biases
-        self.format = format
-        self.dim = dim
+        self.format, self.dim, self.padded_dim, self.scale_dtype = format, dim, padded, scales.dtype
+        self.stack, self.index = None, 0
+        self._parts = (codes, scales) if biases is None else (codes, scales, biases)
 
-    @property
-    def padded_dim(self) -> int:
-        """Stored row length: ``dim`` rounded up to a multiple of 32."""
-        return self.codes.shape[-1] * 32 // self.format.bits
+    @classmethod
+    def _of_stack(cls, values: mx.array, stack: PackedStack, index: int) -> QuantizedTensor:
+        """Tensor ``index`` of ``stack``; ``values`` are its dequantized values, lazy."""
+        tensor = cls.__new__(cls)
+        mx.array.__init__(tensor, values)
+        tensor.format, tensor.dim, tensor.padded_dim = stack.format, stack.dim, stack.padded_dim
+        tensor.scale_dtype = stack.scales.dtype
+        tensor.stack, tensor.index, tensor._parts = stack, index, None
+        return tensor
 
     @property
     def parts(self) -> tuple[mx.array, ...]:
         """Codes, scales and, where the format has them, biases."""
-        return (self.codes, self.scales) if self.biases is None else (self.codes, self.scales, self.biases)
+        if self._parts is None:
+            assert self.stack is not None
+            self._parts = self.stack.parts(self.index)
+        return self._parts
+
+    @property
+    def codes(self) -> mx.array:
+        return self.parts[0]
+
+    @property
+    def scales(self) -> mx.array:
+        return self.parts[1]
+
+    @property
+    def biases(self) -> mx.array | None:
+        return self.parts[2] if self.format.has_biases else None
 
     @property
     def packed_nbytes(self) -> int:
@@ -111,6 +137,79 @@ class QuantizedTensor(mx.array):
 
     def __repr__(self) -> str:
         return f"QuantizedTensor(shape={tuple(self.shape)}, format='{self.format}', dtype={self.dtype})"
+
+
+class PackedStack:
+    """Tensors of one format, shape and dtype whose packed rows share two arrays, stacked along the head axis.
+
+    A cache keeps keys and values so: one write to each array appends to both, and a kernel takes two arrays for six.
+
+    Args:
+        codes: ``[B, count * H, N, words]`` uint32, tensor by tensor.
+        scales: ``[B, count * H, N, groups]``, tensor by tensor; for formats with biases ``[B, 2 * count * H, N,
+            groups]``, all scales before all biases. Dtypes as for :class:`QuantizedTensor`.
+        count: how many tensors there are.
+        format, dim, dtype: of each tensor.
+
+    Nothing is checked here, since a cache makes one at each step: see :meth:`check`.
+    """
+
+    __slots__ = ("codes", "count", "dim", "dtype", "format", "scales")
+
+    def __init__(
+        self, codes: mx.array, scales: mx.array, count: int, format: Format, *, dim: int, dtype: mx.Dtype
+    ) -> None:
+        self.codes = codes
+        self.scales = scales
+        self.count = count
+        self.format = format
+        self.dim = dim
+        self.dtype = dtype
+
+    @property
+    def padded_dim(self) -> int:
+        """Stored row length: ``dim`` rounded up to a multiple of 32."""
+        return self.codes.shape[-1] * 32 // self.format.bits
+
+    def tensors(self) -> list[QuantizedTensor]:
+        """The tensors ``[B, H, N, dim]``, in order."""
+        scales, biases = self.scales, None
+        if self.format.has_biases:
+            scales, biases = mx.split(scales, 2, axis=1)
+        values = dequantize_parts(self.codes, scales, biases, self.format, self.dtype)
+        values = _logical(values, self.format, self.dim)
+        each = [values] if self.count == 1 else mx.split(values, self.count, axis=1)
+        return [QuantizedTensor._of_stack(x, self, i) for i, x in enumerate(each)]
+
+    def parts(self, index: int) -> tuple[mx.array, ...]:
+        """Codes, scales and, where the format has them, biases of tensor ``index``, as views."""
+        heads = self.codes.shape[1] // self.count
+        first, stop = index * heads, (index + 1) * heads
+        codes = self.codes if self.count == 1 else self.codes[:, first:stop]
+        if not self.format.has_biases:
+            return codes, self.scales if self.count == 1 else self.scales[:, first:stop]
+        offset = self.codes.shape[1]
+        return codes, self.scales[:, first:stop], self.scales[:, first + offset : stop + offset]
+
+    def check(self) -> None:
+        """Raise ValueError or TypeError unless the arrays are such a stack."""
+        if self.codes.ndim != 4 or self.scales.ndim != 4:
+            raise ValueError(f"codes {tuple(self.codes.shape)} and scales {tuple(self.scales.shape)} have no heads")
+        planes = self.codes.shape[1]
+        expected = planes * (1 + self.format.has_biases)
+        if planes % self.count or self.scales.shape[1] != expected:
+            raise ValueError(f"{self.count} tensors in {planes} planes of codes, {self.scales.shape[1]} of scales")
+        for index in range(self.count):
+            parts = self.parts(index)
+            biases = parts[2] if self.format.has_biases else None
+            _check_parts(parts[0], parts[1], biases, self.format, self.padded_dim, self.dim)
+
+
+def stack_parts(tensors: Sequence[Sequence[mx.array]]) -> list[mx.array]:
+    """Codes and scales of the :class:`PackedStack` of tensors given by their parts ``[B, H, N, width]``."""
+    codes, *others = zip(*tensors, strict=True)
+    scales = [part for kind in others for part in kind]
+    return [mx.concatenate(list(x), axis=1) if len(x) > 1 else x[0] for x in (codes, scales)]
 
 
 def _logical(stored: mx.array, format: Format, dim: int) -> mx.array:

@@ -13,11 +13,13 @@ from functools import lru_cache
 import mlx.core as mx
 
 from qsdpa_patch.kernels.format import Format
-from qsdpa_patch.kernels.quantized_tensor import quantize_parts
+from qsdpa_patch.kernels.quantized_tensor import quantize_parts, stack_parts
 
 __all__ = ["quantize_rows", "quantize_rows_in_ops"]
 
 _DTYPES = (mx.float16, mx.bfloat16, mx.float32)
+_FEW = 16
+"""Rows that are joined before they are quantized, which takes fewer operations; more are joined once they are small."""
 
 
 def quantize_rows(sides: Sequence[mx.array], format: Format) -> tuple[mx.array, mx.array]:
@@ -43,6 +45,9 @@ def quantize_rows(sides: Sequence[mx.array], format: Format) -> tuple[mx.array, 
 
 def quantize_rows_in_ops(sides: Sequence[mx.array], format: Format) -> tuple[mx.array, mx.array]:
     """:func:`quantize_rows` in MLX's own operations."""
+    if len(sides) > 1 and sides[0].shape[2] > _FEW:  # no copy of all the rows
+        codes, scales = stack_parts([quantize_parts(x, format) for x in sides])
+        return codes, scales
     x = sides[0] if len(sides) == 1 else mx.concatenate(list(sides), axis=1)
     if x.size == 0:  # which mx.quantize takes in some formats only
         return _no_rows(x, format)

@@ -35,17 +35,14 @@ class BatchQuantizedKVCache(BatchQuantizedCache):
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Append ``keys [B, H, S, D]`` and ``values [B, H, S, Dv]``; all rows, as attention gets them."""
-        new_keys, new_values = self._encode(keys, values)
-        self.keys = append(self.keys, self._idx, new_keys)
-        self.values = append(self.values, self._idx, new_values)
+        self.rows = append(self.rows, self._idx, self._encode(keys, values))
         self.offset = self.offset + keys.shape[2]
         self._idx += keys.shape[2]
         return self.keys_and_values()
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
         """All rows, as attention gets them: a :class:`QuantizedTensor`, or plain where the format is ``None``."""
-        keys, values = self._buffers()
-        return self._decode(select(keys, 0, self._idx), select(values, 0, self._idx))
+        return self._decode(select(self._buffers(), 0, self._idx))
 
     def prepare(
         self,
@@ -69,8 +66,7 @@ class BatchQuantizedKVCache(BatchQuantizedCache):
         if self._right_padding is None:
             return
         padding, self._right_padding = self._right_padding, None
-        keys, values = self._buffers()
-        self.keys, self.values = roll_each(keys, padding), roll_each(values, padding)
+        self.rows = roll_each(self._buffers(), padding)
         self.offset = self.offset - padding
         self.left_padding = self.left_padding + padding
 
@@ -80,10 +76,8 @@ class BatchQuantizedKVCache(BatchQuantizedCache):
         self.left_padding = self.left_padding[batch_indices]
         paddings: Any = self.left_padding.tolist()
         surplus = max(0, min(paddings))
-        if self.keys is not None and self.values is not None:
-            length = capacity(self.keys)
-            self.keys = select(pick(self.keys, batch_indices), surplus, length)
-            self.values = select(pick(self.values, batch_indices), surplus, length)
+        if self.rows is not None:
+            self.rows = select(pick(self.rows, batch_indices), surplus, capacity(self.rows))
         self._idx -= surplus
         self.left_padding = self.left_padding - surplus
 
@@ -94,11 +88,10 @@ class BatchQuantizedKVCache(BatchQuantizedCache):
     def extract(self, idx: int) -> Any:
         """The sequence ``idx`` as a cache of its own."""
         cache = self._single(self.key_format, self.value_format)
-        if self.keys is not None and self.values is not None:
+        if self.rows is not None:
             paddings: Any = self.left_padding.tolist()
-            first, one = min(paddings[idx], self._idx), slice(idx, idx + 1)
-            keys, values = (select(pick(rows, one), first, self._idx) for rows in (self.keys, self.values))
-            cache._take(self, compact(keys), compact(values))
+            first = min(paddings[idx], self._idx)
+            cache._take(self, compact(select(pick(self.rows, slice(idx, idx + 1)), first, self._idx)))
             cache.offset = self._idx - first
         return cache
 

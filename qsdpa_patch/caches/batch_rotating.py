@@ -72,35 +72,32 @@ class BatchQuantizedRotatingKVCache(BatchQuantizedCache):
         count = keys.shape[2]
         if count == 1 and self._lengths is not None:  # the mask for a single row would not fit the order of the rows
             raise RuntimeError(f"finalize() comes before decoding with {type(self).__qualname__}")
-        new_keys, new_values = self._encode(keys, values)
+        new = self._encode(keys, values)
         if self._lengths is None and self._offset + count <= self.max_size:
-            self.keys = append(self.keys, self._offset, new_keys, self.max_size)
-            self.values = append(self.values, self._offset, new_values, self.max_size)
+            self.rows = append(self.rows, self._offset, new, self.max_size)
             self._idx = self._offset + count
         elif count == 1:
-            self._overwrite(new_keys, new_values)
+            self._overwrite(new)
         else:
-            self._append_in_time(new_keys, new_values)
+            self._append_in_time(new)
         self.offset = self.offset + count
         self._offset += count
         # The counters are evaluated with the rows: their graphs would grow without end otherwise.
-        self.keys = mx.depends(self._buffers()[0], (self.left_padding, self.offset))
+        self.rows = mx.depends(self._buffers(), (self.left_padding, self.offset))
         return self.keys_and_values()
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
         """The rows kept, as attention gets them: a :class:`QuantizedTensor`, or plain where the format is ``None``."""
-        keys, values = self._buffers()
-        if self._offset < capacity(keys):
-            return self._decode(select(keys, 0, self._offset), select(values, 0, self._offset))
-        return self._decode(view(keys), view(values))
+        rows = self._buffers()
+        return self._decode(select(rows, 0, self._offset) if self._offset < capacity(rows) else view(rows))
 
-    def _overwrite(self, new_keys: Rows, new_values: Rows) -> None:
+    def _overwrite(self, new: Rows) -> None:
         """Put a single row in the place of the oldest, in buffers that are full."""
-        keys, values = self._buffers()
-        length = capacity(keys)
+        rows = self._buffers()
+        length = capacity(rows)
         surplus = length - self.max_size
         if surplus > 0:  # a long update left more rows than are kept
-            self.keys, self.values = keys, values = select(keys, surplus, length), select(values, surplus, length)
+            self.rows = rows = select(rows, surplus, length)
             self.left_padding = self.left_padding - surplus
             self._idx = self.max_size
         if self._idx == self.max_size:
@@ -108,14 +105,13 @@ class BatchQuantizedRotatingKVCache(BatchQuantizedCache):
             self._idx = 0
         if self.rotated:
             self.left_padding = self.left_padding - 1
-        write(keys, self._idx, self._idx + 1, new_keys)
-        write(values, self._idx, self._idx + 1, new_values)
+        write(rows, self._idx, self._idx + 1, new)
         self._idx += 1
 
-    def _append_in_time(self, new_keys: Rows, new_values: Rows) -> None:
+    def _append_in_time(self, new: Rows) -> None:
         """Bring the rows into the order of time, and drop what the first new row does not see."""
-        if self.keys is None or self.values is None:
-            self.keys, self.values = new_keys, new_values
+        if self.rows is None:
+            self.rows = new
         else:
             if self._lengths is not None:
                 self._put_in_time()
@@ -124,31 +120,26 @@ class BatchQuantizedRotatingKVCache(BatchQuantizedCache):
             surplus = sum(stop - start for start, stop in spans) - (self.max_size - 1)
             if surplus > 0:
                 self.left_padding = self.left_padding - surplus
-            keys, values = self._buffers()
-            spans = skip(spans, surplus)
-            self.keys, self.values = join(keys, spans, new_keys), join(values, spans, new_values)
+            self.rows = join(self._buffers(), skip(spans, surplus), new)
             self.rotated = False
-        self._idx = capacity(self.keys)
+        self._idx = capacity(self.rows)
 
     def _spans_in_time(self) -> list[Span]:
         """The spans of the buffers that hold rows, oldest first."""
         if self.rotated:
-            return [(self._idx, capacity(self._buffers()[0])), (0, self._idx)]
+            return [(self._idx, capacity(self._buffers())), (0, self._idx)]
         return [(0, self._idx)]
 
     def _put_in_time(self) -> None:
         """Bring the rows into the order of time."""
-        keys, values = self._buffers()
-        spans = self._spans_in_time()
-        self.keys, self.values = join(keys, spans), join(values, spans)
-        self._idx = capacity(self.keys)
+        self.rows = join(self._buffers(), self._spans_in_time())
+        self._idx = capacity(self.rows)
         self.rotated = False
 
     def _roll_to(self, lengths: mx.array) -> None:
         """Move what lies beyond ``lengths`` in each sequence, padding, to its start."""
         surplus = mx.maximum(0, self.offset - lengths)
-        keys, values = self._buffers()
-        self.keys, self.values = roll_each(keys, surplus), roll_each(values, surplus)
+        self.rows = roll_each(self._buffers(), surplus)
         self.left_padding = self.left_padding + surplus
         self.offset = self.offset - surplus
 
@@ -181,8 +172,8 @@ class BatchQuantizedRotatingKVCache(BatchQuantizedCache):
 
     def filter(self, batch_indices: Any) -> None:
         """Keep the sequences ``batch_indices``."""
-        if self.keys is not None and self.values is not None:
-            self.keys, self.values = pick(self.keys, batch_indices), pick(self.values, batch_indices)
+        if self.rows is not None:
+            self.rows = pick(self.rows, batch_indices)
         self.offset = self.offset[batch_indices]
         self.left_padding = self.left_padding[batch_indices]
 
@@ -198,15 +189,15 @@ class BatchQuantizedRotatingKVCache(BatchQuantizedCache):
     def extract(self, idx: int) -> Any:
         """The sequence ``idx`` as a cache of its own."""
         cache = QuantizedRotatingKVCache(self.max_size, 0, self.key_format, self.value_format)
-        if self.keys is None or self.values is None:
+        if self.rows is None:
             return cache
         paddings: Any = self.left_padding.tolist()
         offsets: Any = self.offset.tolist()
         spans = skip(self._spans_in_time(), max(0, paddings[idx]))
         cache.offset = offsets[idx]
-        keys, values = (join(pick(rows, slice(idx, idx + 1)), spans) for rows in (self.keys, self.values))
-        cache._take(self, compact(keys), compact(values))
-        cache._idx = capacity(keys)
+        rows = join(pick(self.rows, slice(idx, idx + 1)), spans)
+        cache._take(self, compact(rows))
+        cache._idx = capacity(rows)
         return cache
 
     @classmethod

@@ -46,39 +46,33 @@ class QuantizedChunkedKVCache(QuantizedCache):
     def maybe_trim_front(self) -> None:
         """Drop all but the last ``chunk_size`` rows."""
         surplus = self.offset - self.start_position - self.chunk_size
-        if self.keys is not None and surplus > 0:
+        if self.rows is not None and surplus > 0:
             self.start_position += surplus
             self._first += surplus
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Append ``keys [B, H, S, D]`` and ``values [B, H, S, Dv]``; the rows kept, as attention gets them."""
-        new_keys, new_values = self._encode(keys, values)
+        new = self._encode(keys, values)
         count = keys.shape[2]
-        self._make_room(count, new_keys, new_values)
-        buffers = self._buffers()
+        self._make_room(count, new)
         start = self._first + self.offset - self.start_position
-        write(buffers[0], start, start + count, new_keys)
-        write(buffers[1], start, start + count, new_values)
+        write(self._buffers(), start, start + count, new)
         self.offset += count
         return self.keys_and_values()
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
         """The rows kept, as attention gets them: a :class:`QuantizedTensor`, or plain where the format is ``None``."""
-        keys, values = self._buffers()
-        first, end = self._first, self._first + self.offset - self.start_position
-        return self._decode(select(keys, first, end), select(values, first, end))
+        first = self._first
+        return self._decode(select(self._buffers(), first, first + self.offset - self.start_position))
 
-    def _make_room(self, count: int, new_keys: Rows, new_values: Rows) -> None:
-        """Buffers that take ``count`` more rows."""
+    def _make_room(self, count: int, like: Rows) -> None:
+        """Buffers that take ``count`` more rows like those of ``like``."""
         used = self.offset - self.start_position
-        if self.keys is None or self.values is None:
-            length = next_capacity(used + count)
-            self.keys, self.values = allocate(new_keys, length), allocate(new_values, length)
-        elif self._first + used + count > capacity(self.keys):
-            length = next_capacity(used + count, used)
-            first, end = self._first, self._first + used
-            self.keys = grow(select(self.keys, first, end), used, length)
-            self.values = grow(select(self.values, first, end), used, length)
+        if self.rows is None:
+            self.rows = allocate(like, next_capacity(used + count))
+        elif self._first + used + count > capacity(self.rows):
+            kept = select(self.rows, self._first, self._first + used)
+            self.rows = grow(kept, used, next_capacity(used + count, used))
             self._first = 0
 
     @staticmethod

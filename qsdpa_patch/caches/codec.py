@@ -1,10 +1,11 @@
-"""How new rows of keys or values are stored, and what attention gets back.
+"""How new rows are stored, and what attention gets back.
 
 A codec is fitted once, to the first rows that a cache sees, and never changes: it may be shared by caches.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,31 +13,34 @@ import mlx.core as mx
 
 from qsdpa_patch.caches.packed_rows import Rows
 from qsdpa_patch.kernels.format import Format
-from qsdpa_patch.kernels.quantized_tensor import QuantizedTensor, quantize_parts
+from qsdpa_patch.kernels.quantized_tensor import PackedStack
+from qsdpa_patch.kernels.row_quantization import quantize_rows
 
 __all__ = ["Codec", "PlainCodec", "QuantizingCodec", "as_format", "fit_codec"]
 
 
 @dataclass(frozen=True)
 class PlainCodec:
-    """Rows ``[B, H, S, dim]`` kept as they are, in ``dtype``."""
+    """Rows ``[B, H, S, dim]`` kept as they are, in ``dtype``: one buffer a side."""
 
     dim: int
     dtype: mx.Dtype
 
     format = None
 
-    def encode(self, x: mx.array) -> Rows:
-        _check_dim(x, self.dim)
-        return [x[:]]  # an array object of our own: writing changes the object
+    buffers = 1
 
-    def decode(self, rows: Rows) -> mx.array:
-        return rows[0]
+    def encode(self, sides: Sequence[mx.array]) -> Rows:
+        return [x[:] for x in sides]  # array objects of our own: writing changes the object
 
-    def check(self, rows: Rows) -> None:
+    def decode(self, rows: Rows, sides: int) -> Sequence[mx.array]:
+        return rows
+
+    def check(self, rows: Rows, sides: int) -> None:
         """Raise ValueError unless ``rows`` are such rows."""
-        if len(rows) != 1 or rows[0].ndim != 4 or rows[0].shape[3] != self.dim or rows[0].dtype != self.dtype:
-            raise ValueError(f"{_describe(rows)} are no plain rows of {self.dim} numbers in {self.dtype}")
+        for x in rows:
+            if x.ndim != 4 or x.shape[3] != self.dim or x.dtype != self.dtype:
+                raise ValueError(f"{_describe(rows)} are no plain rows of {self.dim} numbers in {self.dtype}")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PlainCodec:
         return self
@@ -44,28 +48,31 @@ class PlainCodec:
 
 @dataclass(frozen=True)
 class QuantizingCodec:
-    """Rows ``[B, H, S, dim]`` of ``dtype`` stored as codes, scales and biases of ``format`` (fitted to ``dim``)."""
+    """Rows ``[B, H, S, dim]`` of ``dtype`` stored in ``format`` (fitted to ``dim``): two buffers for one side or more.
+
+    One holds the codes of all sides, the other their scales and biases, as :class:`PackedStack` has them.
+    """
 
     format: Format
     dim: int
     dtype: mx.Dtype
 
-    def encode(self, x: mx.array) -> Rows:
-        _check_dim(x, self.dim)
-        return list(quantize_parts(x, self.format))
+    buffers = 2
 
-    def decode(self, rows: Rows) -> QuantizedTensor:
-        codes, scales, *biases = rows
-        return QuantizedTensor(
-            codes, scales, biases[0] if biases else None, self.format, dim=self.dim, dtype=self.dtype
-        )
+    def encode(self, sides: Sequence[mx.array]) -> Rows:
+        sides = [x if x.dtype == self.dtype else x.astype(self.dtype) for x in sides]
+        return list(quantize_rows(sides, self.format))
 
-    def check(self, rows: Rows) -> None:
+    def decode(self, rows: Rows, sides: int) -> Sequence[mx.array]:
+        return self._stack(rows, sides).tensors()
+
+    def _stack(self, rows: Rows, sides: int) -> PackedStack:
+        return PackedStack(rows[0], rows[1], sides, self.format, dim=self.dim, dtype=self.dtype)
+
+    def check(self, rows: Rows, sides: int) -> None:
         """Raise ValueError unless ``rows`` are such rows."""
-        if len(rows) != 2 + self.format.has_biases or rows[0].ndim != 4:
-            raise ValueError(f"{_describe(rows)} are no rows quantized as {self.format}")
         try:
-            self.decode(rows)
+            self._stack(rows, sides).check()
         except TypeError as error:
             raise ValueError(str(error)) from None
 
@@ -92,11 +99,6 @@ def fit_codec(format: Format | None, dim: int, dtype: mx.Dtype) -> Codec:
     if dtype not in (mx.float16, mx.bfloat16, mx.float32):
         raise TypeError(f"rows of {dtype} cannot be quantized: give float16, bfloat16 or float32")
     return QuantizingCodec(format.fit(dim)[0], dim, dtype)
-
-
-def _check_dim(x: mx.array, dim: int) -> None:
-    if x.ndim != 4 or x.shape[3] != dim:
-        raise ValueError(f"new rows have shape {tuple(x.shape)}: this cache takes [batch, heads, count, {dim}]")
 
 
 def _describe(rows: Rows) -> str:

@@ -12,26 +12,28 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from qsdpa_patch.caches.codec import Codec, PlainCodec, QuantizingCodec
+from qsdpa_patch.caches.layout import Layout
 from qsdpa_patch.kernels.format import Format
 
 __all__ = ["VERSION", "Header", "read_header", "write_header"]
 
-VERSION = 1
+VERSION = 2
 _DTYPES = {str(dtype).rpartition(".")[2]: dtype for dtype in (mx.float16, mx.bfloat16, mx.float32)}
 
 
 class Header(NamedTuple):
-    """How keys and values are stored: their formats, and their codecs once the first rows have fixed them."""
+    """How keys and values are stored: their formats, and the layout once the first rows have fixed it."""
 
     key_format: Format | None
     value_format: Format | None
-    codecs: tuple[Codec, Codec] | None
+    layout: Layout | None
 
 
 def write_header(header: Header) -> str:
     """``header`` as text."""
-    key_codec, value_codec = header.codecs or (None, None)
-    keys, values = _side(header.key_format, key_codec), _side(header.value_format, value_codec)
+    layout = header.layout
+    keys = _side(header.key_format, None if layout is None else layout.keys)
+    values = _side(header.value_format, None if layout is None else layout.values)
     return json.dumps({"version": VERSION, "keys": keys, "values": values})
 
 
@@ -53,8 +55,8 @@ def read_header(header: Any) -> Header:
         value_format, value_codec = _parse_side(content["values"])
     except (TypeError, KeyError) as error:
         raise ValueError(f"the header of the cache is damaged ({error!r}): {header!r:.300}") from None
-    codecs = None if key_codec is None or value_codec is None else (key_codec, value_codec)
-    return Header(key_format, value_format, codecs)
+    layout = None if key_codec is None or value_codec is None else Layout(key_codec, value_codec)
+    return Header(key_format, value_format, layout)
 
 
 def _side(format: Format | None, codec: Codec | None) -> dict[str, Any]:

@@ -19,8 +19,8 @@ __all__ = ["LatentCache", "QuantizedLatentCache"]
 class LatentCache(QuantizedCache):
     """A cache whose values are rotary keys: where these are plain, they come back as :class:`RopeKeys`."""
 
-    def _decode(self, keys: Rows, values: Rows) -> tuple[mx.array, mx.array]:
-        latent, rope_keys = super()._decode(keys, values)
+    def _decode(self, rows: Rows) -> tuple[mx.array, mx.array]:
+        latent, rope_keys = super()._decode(rows)
         return latent, rope_keys if isinstance(rope_keys, QuantizedTensor) else RopeKeys(rope_keys)
 
 

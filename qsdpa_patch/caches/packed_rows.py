@@ -1,7 +1,7 @@
-"""The time axis of one side (keys or values) of a cache.
+"""The time axis of a cache's buffers.
 
-A side is a list of arrays ``[B, H, N, width]`` that share everything but their width: codes, scales and biases of
-quantized rows, or plain rows alone. Nothing here knows which.
+They are a list of arrays ``[B, planes, N, width]`` that share batch and length: codes, and scales with biases, of
+quantized rows, or plain rows. Nothing here knows which.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def next_capacity(needed: int, current: int = 0) -> int:
 
 
 def allocate(like: Rows, count: int) -> Rows:
-    """Zeros for ``count`` rows of the widths, heads, batch and dtypes of ``like``."""
+    """Zeros for ``count`` rows of the widths, planes, batch and dtypes of ``like``."""
     return [mx.zeros((*x.shape[:2], count, x.shape[3]), x.dtype) for x in like]
 
 

@@ -9,9 +9,10 @@ from mlx_lm.models import cache as mlx_lm_cache
 
 from qsdpa_patch.caches.base import DEFAULT_FORMAT, QuantizedCache, saved
 from qsdpa_patch.caches.codec import Codec, fit_codec
-from qsdpa_patch.caches.packed_rows import Rows, append, select, view
+from qsdpa_patch.caches.layout import Layout
+from qsdpa_patch.caches.packed_rows import Rows, append, select
 from qsdpa_patch.kernels.format import Format
-from qsdpa_patch.kernels.quantized_tensor import dequantize_parts
+from qsdpa_patch.kernels.quantized_tensor import dequantize_parts, stack_parts
 
 __all__ = ["QuantizedKVCache"]
 
@@ -38,21 +39,17 @@ class QuantizedKVCache(QuantizedCache):
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Append ``keys [B, H, S, D]`` and ``values [B, H, S, Dv]``; all rows, as attention gets them."""
-        new_keys, new_values = self._encode(keys, values)
-        self.keys = append(self.keys, self.offset, new_keys)
-        self.values = append(self.values, self.offset, new_values)
+        self.rows = append(self.rows, self.offset, self._encode(keys, values))
         self.offset += keys.shape[2]
         return self.keys_and_values()
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
         """All rows, as attention gets them: a :class:`QuantizedTensor`, or plain where the format is ``None``."""
-        keys, values = self._buffers()
-        return self._decode(select(keys, 0, self.offset), select(values, 0, self.offset))
+        return self._decode(select(self._buffers(), 0, self.offset))
 
-    def rows_in_time(self, count: int) -> tuple[Rows, Rows]:
-        """The last ``count`` stored rows of keys and of values, oldest first."""
-        keys, values = self._buffers()
-        return select(keys, self.offset - count, self.offset), select(values, self.offset - count, self.offset)
+    def rows_in_time(self, count: int) -> Rows:
+        """The last ``count`` stored rows, oldest first."""
+        return select(self._buffers(), self.offset - count, self.offset)
 
     @classmethod
     def merge(cls, caches: list[Any]) -> Any:
@@ -67,7 +64,7 @@ class QuantizedKVCache(QuantizedCache):
     ) -> Self:
         """A cache with the contents of mlx-lm's ``KVCache`` or ``QuantizedKVCache``, in these formats.
 
-        Packed arrays that are in the format already are taken over as they are. ``cache`` stays as it was.
+        Rows that are in the format already stay as they are packed. ``cache`` stays as it was.
         """
         quantized = cls(key_format, value_format)
         quantized.offset = cache.offset
@@ -81,16 +78,21 @@ class QuantizedKVCache(QuantizedCache):
         """Take over packed buffers (codes, scales, biases) of another cache, stored in the format ``stored``."""
         if keys is None:
             return
-        key_codec, value_codec = (
-            fit_codec(format, parts[0].shape[-1] * 32 // stored.bits, parts[1].dtype)
-            for format, parts in ((self.key_format, keys), (self.value_format, values))
+        layout = Layout(
+            *(
+                fit_codec(format, parts[0].shape[-1] * 32 // stored.bits, parts[1].dtype)
+                for format, parts in ((self.key_format, keys), (self.value_format, values))
+            )
         )
-        self.keys, self.values = _repack(keys, stored, key_codec), _repack(values, stored, value_codec)
-        self._set_codecs(key_codec, value_codec)
+        if layout.keys == layout.values:
+            self.rows = _repack([keys, values], stored, layout.keys)
+        else:
+            self.rows = _repack([keys], stored, layout.keys) + _repack([values], stored, layout.values)
+        self._set_layout(layout)
 
 
-def _repack(parts: Any, stored: Format, codec: Codec) -> Rows:
-    """The rows of ``parts``, packed in the format ``stored``, as ``codec`` stores them."""
+def _repack(sides: list[Any], stored: Format, codec: Codec) -> Rows:
+    """The rows of ``sides``, each packed in the format ``stored``, as ``codec`` stores them."""
     if codec.format == stored:
-        return view(parts)
-    return codec.encode(dequantize_parts(parts[0], parts[1], parts[2], stored))
+        return stack_parts(sides)
+    return codec.encode([dequantize_parts(codes, scales, biases, stored) for codes, scales, biases in sides])

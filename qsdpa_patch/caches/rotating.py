@@ -50,49 +50,44 @@ class QuantizedRotatingKVCache(QuantizedCache):
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Append ``keys [B, H, S, D]`` and ``values [B, H, S, Dv]``; the rows kept, as attention gets them."""
-        new_keys, new_values = self._encode(keys, values)
+        new = self._encode(keys, values)
         count = keys.shape[2]
         if self.offset + count <= self.max_size:
-            self.keys = append(self.keys, self.offset, new_keys, self.max_size)
-            self.values = append(self.values, self.offset, new_values, self.max_size)
+            self.rows = append(self.rows, self.offset, new, self.max_size)
             self._idx = self.offset + count
         elif count == 1:
-            self._overwrite(new_keys, new_values)
+            self._overwrite(new)
         else:
-            self._append_in_time(new_keys, new_values)
+            self._append_in_time(new)
         self.offset += count
         return self.keys_and_values()
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
         """The rows kept, as attention gets them: a :class:`QuantizedTensor`, or plain where the format is ``None``."""
-        keys, values = self._buffers()
-        if self.offset < capacity(keys):
-            return self._decode(select(keys, 0, self.offset), select(values, 0, self.offset))
-        return self._decode(view(keys), view(values))
+        rows = self._buffers()
+        return self._decode(select(rows, 0, self.offset) if self.offset < capacity(rows) else view(rows))
 
-    def _overwrite(self, new_keys: Rows, new_values: Rows) -> None:
+    def _overwrite(self, new: Rows) -> None:
         """Put a single row in the place of the oldest, in buffers that are full."""
-        keys, values = self._buffers()
-        surplus = capacity(keys) - self.max_size
+        rows = self._buffers()
+        surplus = capacity(rows) - self.max_size
         if surplus > 0:  # a long update left more rows than are kept
-            spans = self._forget([(0, capacity(keys))], surplus)
-            self.keys, self.values = keys, values = join(keys, spans), join(values, spans)
+            self.rows = rows = join(rows, self._forget([(0, capacity(rows))], surplus))
             self._idx = self.max_size
         if self._idx == self.max_size:
             self._idx = self.keep
-        write(keys, self._idx, self._idx + 1, new_keys)
-        write(values, self._idx, self._idx + 1, new_values)
+        write(rows, self._idx, self._idx + 1, new)
         self._idx += 1
 
-    def _append_in_time(self, new_keys: Rows, new_values: Rows) -> None:
+    def _append_in_time(self, new: Rows) -> None:
         """Bring the rows into the order of time, and drop what the first new row does not see."""
-        if self.keys is None or self.values is None:
-            self.keys, self.values = new_keys, new_values
+        if self.rows is None:
+            self.rows = new
         else:
-            spans = self._spans_in_time(capacity(self.keys))
+            spans = self._spans_in_time(capacity(self.rows))
             spans = self._forget(spans, sum(stop - start for start, stop in spans) - (self.max_size - 1))
-            self.keys, self.values = join(self.keys, spans, new_keys), join(self.values, spans, new_values)
-        self._idx = capacity(self.keys)
+            self.rows = join(self.rows, spans, new)
+        self._idx = capacity(self.rows)
 
     @staticmethod
     def _end(counters: dict[str, Any]) -> int:
@@ -114,12 +109,11 @@ class QuantizedRotatingKVCache(QuantizedCache):
         kept = min(start + self.keep, stop)
         return [(start, kept), *skip([(kept, stop), *rest], count)]
 
-    def rows_in_time(self, count: int) -> tuple[Rows, Rows]:
-        """The last ``count`` stored rows of keys and of values, oldest first."""
-        keys, values = self._buffers()
-        spans = self._spans_in_time(capacity(keys))
-        spans = skip(spans, sum(stop - start for start, stop in spans) - count)
-        return join(keys, spans), join(values, spans)
+    def rows_in_time(self, count: int) -> Rows:
+        """The last ``count`` stored rows, oldest first."""
+        rows = self._buffers()
+        spans = self._spans_in_time(capacity(rows))
+        return join(rows, skip(spans, sum(stop - start for start, stop in spans) - count))
 
     @classmethod
     def merge(cls, caches: list[Any]) -> Any:

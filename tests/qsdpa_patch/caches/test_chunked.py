@@ -58,7 +58,7 @@ def test_old_rows_leave_without_a_copy() -> None:
         first = cache._first
         cache.update_and_fetch(*rows.draw(1))
         moves += cache._first < first
-        assert cache.keys is not None
-        lengths.add(cache.keys[0].shape[2])
+        assert cache.rows is not None
+        lengths.add(cache.rows[0].shape[2])
     assert moves <= 300 / (256 / 8) + 1
     assert max(lengths) <= 257 * 9 / 8 + 8

@@ -43,8 +43,8 @@ def test_nbytes_is_what_the_format_says(bits: int, dim: int) -> None:
     for count in (8, 1, 9, 1):
         cache.update_and_fetch(*rows.draw(count))
     format, padded = Format.affine(bits).fit(dim)
-    assert cache.keys is not None
-    capacity = cache.keys[0].shape[2]
+    assert cache.rows is not None
+    capacity = cache.rows[0].shape[2]
     assert capacity >= 19
     assert cache.key_format == cache.value_format == format
     assert cache.nbytes == 2 * 2 * capacity * format.row_bytes(padded)
@@ -56,8 +56,8 @@ def test_buffers_hold_at_most_an_eighth_and_a_step_more_than_needed(count: int) 
     rows = Rows(Kind(Format.affine(8), Format.affine(8)))
     for _ in range(300 // count):
         cache.update_and_fetch(*rows.draw(count))
-        assert cache.keys is not None
-        assert cache.offset <= cache.keys[0].shape[2] < cache.offset * 9 / 8 + packed_rows.STEP
+        assert cache.rows is not None
+        assert cache.offset <= cache.rows[0].shape[2] < cache.offset * 9 / 8 + packed_rows.STEP
 
 
 @settings(max_examples=40, derandomize=True, deadline=None)

@@ -35,8 +35,8 @@ def test_single_rows_wrap_around(keep: int) -> None:
     for _ in range(50):
         twins.update(1)
         twins.compare()
-    assert cache.keys is not None
-    assert cache.keys[0].shape[2] == 20
+    assert cache.rows is not None
+    assert cache.rows[0].shape[2] == 20
 
 
 @settings(max_examples=60, derandomize=True, deadline=None)
@@ -78,8 +78,8 @@ def test_all_updates_are_in_place_until_rows_are_dropped() -> None:
     for _ in range(100):
         twins.update(5)
         twins.trim(2)
-        assert cache.keys is not None
-        lengths.add(cache.keys[0].shape[2])
+        assert cache.rows is not None
+        lengths.add(cache.rows[0].shape[2])
     twins.compare()
     assert len(lengths) <= 30
     assert max(lengths) <= 1000
@@ -90,6 +90,6 @@ def test_buffers_never_exceed_max_size_when_rows_come_one_by_one() -> None:
     rows = Rows(Kind(Format.affine(8), Format.affine(8)))
     for _ in range(30):
         cache.update_and_fetch(*rows.draw(1))
-        assert cache.keys is not None
-        assert cache.keys[0].shape[2] <= 11
+        assert cache.rows is not None
+        assert cache.rows[0].shape[2] <= 11
     assert_same(cache.size(), 11)

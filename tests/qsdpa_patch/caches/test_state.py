@@ -81,26 +81,34 @@ def damaged_header(**changes: Any) -> str:
     return json.dumps(json.loads(filled(QuantizedKVCache()).state[-1]) | changes)
 
 
+OTHER_GROUPS = {"format": {"bits": 8, "group_size": 32}, "dim": 64, "dtype": "float32"}
+
+
 @pytest.mark.parametrize(
     ("position", "value", "message"),
     [
         (-1, "", "no cache of qsdpa_patch"),
         (-1, 4, "no cache of qsdpa_patch"),
         (-1, "[1]", "no cache of qsdpa_patch"),
-        (-1, damaged_header(version=0), "layout 0; this qsdpa_patch reads layout 1"),
+        (-1, damaged_header(version=0), "layout 0; this qsdpa_patch reads layout 2"),
         (-1, damaged_header(keys={}), "header of the cache is damaged"),
         (-1, damaged_header(keys=None), "header of the cache is damaged"),
         (-1, damaged_header(keys={"format": {"mode": "affine", "bits": 7}}), "bits=7"),
-        (-1, damaged_header(keys={"format": {"bits": 8, "group_size": 32}, "dim": 64, "dtype": "float32"}), "scales"),
-        (-1, damaged_header(values={"format": None, "dim": 64, "dtype": "float32"}), "plain rows"),
+        (-1, damaged_header(keys=OTHER_GROUPS), "2 buffers"),
+        (-1, damaged_header(values={"format": None, "dim": 64, "dtype": "float32"}), "2 buffers in place of 3"),
         (-1, damaged_header(values={"format": None, "dim": 64, "dtype": "int8"}), "header of the cache is damaged"),
-        (0, None, "in part"),
-        (0, [mx.zeros((1, 2, 8, 16), mx.uint32)], "no rows quantized as 8-bit g64"),
-        (1, [mx.zeros((1, 2, 8, 16), mx.float32)] * 3, "codes are"),
-        (1, "keys", "in place of arrays"),
-        (2, 9, "rows end at 9, its buffers at 8"),
-        (2, -1, "rows end at -1"),
-        (2, "5", "its offset is '5'"),
+        (-1, damaged_header(keys=OTHER_GROUPS, values=OTHER_GROUPS), "scales have shape"),
+        (-1, QuantizedKVCache().state[-1], "not how they are stored"),
+        (0, None, "rows end at 5, its buffers at 0"),
+        (0, [mx.zeros((1, 4, 8, 16), mx.uint32)], "1 buffers in place of 2"),
+        (0, [mx.zeros((1, 4, 8, 16), mx.float32), mx.zeros((1, 8, 8, 1))], "codes are"),
+        (0, [mx.zeros((1, 3, 8, 16), mx.uint32), mx.zeros((1, 6, 8, 1))], "2 tensors in 3 planes"),
+        (0, [mx.zeros((1, 4, 8, 16), mx.uint32), mx.zeros((1, 4, 8, 1))], "4 of scales"),
+        (0, [mx.zeros((4, 8, 16), mx.uint32), mx.zeros((8, 8, 1))], "have no heads"),
+        (0, "keys", "in place of arrays"),
+        (1, 9, "rows end at 9, its buffers at 8"),
+        (1, -1, "rows end at -1"),
+        (1, "5", "its offset is '5'"),
     ],
 )
 def test_a_damaged_state_is_refused(position: int, value: Any, message: str) -> None:
@@ -110,18 +118,23 @@ def test_a_damaged_state_is_refused(position: int, value: Any, message: str) -> 
         QuantizedKVCache.from_state(state)
 
 
-@pytest.mark.parametrize("state", [None, [], [1, 2, 3], "state", mlx_lm_cache.KVCache().state])
+@pytest.mark.parametrize("state", [None, [], [1, 2], "state"])
 def test_what_is_no_state_is_refused(state: Any) -> None:
-    with pytest.raises(ValueError, match="a state of QuantizedKVCache has 4 entries"):
+    with pytest.raises(ValueError, match="a state of QuantizedKVCache has 3 entries"):
         QuantizedKVCache.from_state(state)
+
+
+def test_the_state_of_a_stock_cache_is_refused() -> None:
+    with pytest.raises(ValueError, match="no cache of qsdpa_patch"):
+        QuantizedKVCache.from_state(mlx_lm_cache.KVCache().state)
 
 
 def test_a_failed_load_leaves_the_cache_as_it_was() -> None:
     cache = filled(QuantizedKVCache(Format.affine(4)))
     before = cache.keys_and_values()[0]
     state = list(filled(QuantizedKVCache(Format.affine(8))).state)
-    state[1] = None
-    with pytest.raises(ValueError, match="in part"):
+    state[0] = None
+    with pytest.raises(ValueError, match="its buffers at 0"):
         cache.state = state
     assert cache.key_format == Format.affine(4)
     assert_same(cache.keys_and_values()[0], before)
