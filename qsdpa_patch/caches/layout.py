@@ -38,6 +38,10 @@ class Layout:
                 raise ValueError(
                     f"new rows have shape {tuple(x.shape)}: this cache takes [batch, heads, count, {codec.dim}]"
                 )
+        if keys.shape[:3] != values.shape[:3]:
+            raise ValueError(
+                f"new keys {tuple(keys.shape)} and values {tuple(values.shape)} differ in batch, heads or count"
+            )
         if self._shared:
             return self.keys.encode([keys, values])
         return self.keys.encode([keys]) + self.values.encode([values])

@@ -188,6 +188,25 @@ def test_rows_that_do_not_fit_change_nothing(rows: tuple[int, ...]) -> None:
     twins.compare()
 
 
+def test_keys_and_values_of_different_heads_or_lengths_are_refused() -> None:
+    cache = QuantizedKVCache()
+    for shape in ((1, 4, 3, 64), (1, 2, 2, 64), (2, 2, 3, 64)):
+        with pytest.raises(ValueError, match="differ in batch, heads or count"):
+            cache.update_and_fetch(mx.zeros((1, 2, 3, 64)), mx.zeros(shape))
+    assert cache.empty()
+
+
+def test_what_is_quantized_alike_shares_two_buffers() -> None:
+    """One write to each is all that a step costs; rows of a head stay next to each other."""
+    alike, mixed = QuantizedKVCache(Format.affine(4)), QuantizedKVCache(Format.affine(8), Format.affine(4))
+    latent = QuantizedLatentCache(Format.affine(4))
+    for cache, buffers in ((alike, 2), (mixed, 4), (latent, 3)):
+        keys, values = cache.update_and_fetch(*Rows(Kind(key_dim=64, value_dim=64, dtype=mx.float16)).draw(3))
+        assert len(cache.rows or ()) == buffers
+        stack = getattr(keys, "stack", None)
+        assert (stack is not None and stack is getattr(values, "stack", None)) == (cache is alike)
+
+
 @pytest.mark.parametrize(("format", "error"), [("int4", ValueError), (4, TypeError)])
 def test_a_format_that_there_is_not(format: Any, error: type[Exception]) -> None:
     with pytest.raises(error):
