@@ -14,6 +14,7 @@ import mlx_lm
 from rich.console import Console
 
 from qsdpa_patch.argument_types import positive
+from qsdpa_patch.bench.model_suite import RANDOM_MODELS, random_llama
 from qsdpa_patch.bench.plan import DTYPES, SUITES, plan_cases
 from qsdpa_patch.bench.plot import PlotError, load_pyplot, write_plot
 from qsdpa_patch.bench.runner import BenchmarkOptions, run_cases
@@ -48,7 +49,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shape.add_argument("--value-dim", type=positive, metavar="D", help="of values, by default as keys")
     shape.add_argument("--query-length", type=positive, metavar="L", help="query rows")
     shape.add_argument(
-        "--model", metavar="PATH_OR_HUB_ID", help="e2e: a model as mlx-lm takes it, by default a random Llama"
+        "--model",
+        metavar="PATH_OR_HUB_ID",
+        help=f"e2e: a model as mlx-lm takes it, or {' or '.join(RANDOM_MODELS)}, a model of random 4-bit weights; by "
+        "default a small random Llama",
     )
     shape.add_argument("--layers", type=positive, default=4, help="e2e: layers of the random Llama (4)")
     stored = parser.add_argument_group("formats")
@@ -94,7 +98,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _load(name: str, dtype: str | None) -> Any:
-    """The model, its floating-point parameters in ``dtype`` if one was asked for."""
+    """The model, its floating-point parameters in ``dtype`` if one was asked for (else a random one in bfloat16)."""
+    if name in RANDOM_MODELS:
+        return random_llama(RANDOM_MODELS[name], DTYPES[dtype or "bfloat16"])
     model, *_ = mlx_lm.load(name)
     if dtype is not None:
         model.set_dtype(DTYPES[dtype])

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import mlx.core as mx
@@ -16,38 +17,55 @@ from qsdpa_patch.bench.cases import Case, random_rows, stock_format
 from qsdpa_patch.bench.measurement import OURS, TimedPath
 from qsdpa_patch.kernels.format import Format
 
-__all__ = ["model_paths", "random_llama"]
+__all__ = ["RANDOM_MODELS", "llama_shape", "model_paths", "random_llama"]
 
-_VOCABULARY = 4096
-"""Small, so that the output layer of a model with few layers has no larger share than that of a large one."""
+_SMALL_VOCABULARY = 4096
+"""So small that the output layer of a model with few layers has no larger share than that of a large one."""
+
+RANDOM_MODELS: dict[str, dict[str, int]] = {
+    "llama-8b": {
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "intermediate_size": 14336,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 128256,
+    }
+}
+"""Shapes that ``--model`` knows by name: such a model is made of random weights, and not loaded."""
 
 
-def random_llama(case: Case, layers: int) -> Any:
-    """A Llama of ``case``'s heads with random weights in 4 bits."""
+def llama_shape(case: Case, layers: int) -> dict[str, int]:
+    """The shape of a Llama of ``case``'s heads."""
     width = case.heads * case.key_dim
-    model = llama.Model(
-        llama.ModelArgs(
-            model_type="llama",
-            hidden_size=width,
-            num_hidden_layers=layers,
-            intermediate_size=-(-width * 8 // 3 // 256) * 256,
-            num_attention_heads=case.heads,
-            num_key_value_heads=case.kv_heads,
-            head_dim=case.key_dim,
-            rms_norm_eps=1e-5,
-            vocab_size=_VOCABULARY,
-        )
-    )
-    model.set_dtype(case.dtype)
+    return {
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "intermediate_size": -(-width * 8 // 3 // 256) * 256,
+        "num_attention_heads": case.heads,
+        "num_key_value_heads": case.kv_heads,
+        "head_dim": case.key_dim,
+        "vocab_size": _SMALL_VOCABULARY,
+    }
+
+
+def random_llama(shape: dict[str, int], dtype: mx.Dtype) -> Any:
+    """A Llama of that shape with random weights in 4 bits, and scales and norms in ``dtype``."""
+    model = llama.Model(llama.ModelArgs(model_type="llama", rms_norm_eps=1e-5, **shape))
+    model.set_dtype(dtype)
     quantize(model, group_size=64, bits=4)
+    for layer in model.layers:
+        mx.eval(layer.parameters())  # one at a time: together they would all be there unquantized
     mx.eval(model.parameters())
     return model
 
 
 def model_paths(case: Case, kernels: str, model: Any) -> list[TimedPath]:
-    """Steps of ``model`` over our quantized caches, mlx-lm's quantized ones, and plain ones.
+    """Steps of ``model`` over our quantized caches, mlx-lm's quantized ones, and plain ones; and without attention.
 
-    The caches are filled with random keys and values, since what is in them takes no part in the time of a step.
+    The last is what the rest of a step takes, the update of plain caches included: no attention could do better. The
+    caches are filled with random keys and values, since what is in them takes no part in the time of a step.
     """
 
     def patch() -> AbstractContextManager[None]:
@@ -65,7 +83,28 @@ def model_paths(case: Case, kernels: str, model: Any) -> list[TimedPath]:
         _path(OURS, model, case, ours, patch),
         _path("mlx-lm quantized", model, case, stock),
         _path("unquantized", model, case, lambda: _filled(model, case)),
+        _path("attention left out", model, case, lambda: _filled(model, case), lambda: _without_attention(model)),
     ]
+
+
+@contextmanager
+def _without_attention(model: Any) -> Iterator[None]:
+    """The module of ``model`` with the queries for the output of its attention."""
+    module = sys.modules[type(model).__module__]
+    attention = getattr(module, "scaled_dot_product_attention", None)
+    if attention is None:
+        raise ValueError(f"{module.__name__} has no scaled_dot_product_attention to leave out")
+
+    def queries_as_they_are(queries: mx.array, keys: Any, values: Any, **_: Any) -> mx.array:
+        if values.shape[-1] != queries.shape[-1]:
+            raise ValueError("values of another length than queries cannot be left out")
+        return queries
+
+    module.scaled_dot_product_attention = queries_as_they_are  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        module.scaled_dot_product_attention = attention  # type: ignore[attr-defined]
 
 
 def _path(

@@ -17,7 +17,7 @@ from qsdpa_patch.bench.latent_suite import latent_paths
 from qsdpa_patch.bench.limits import measure_device_limits
 from qsdpa_patch.bench.machine import describe_machine
 from qsdpa_patch.bench.measurement import TimedPath, measure
-from qsdpa_patch.bench.model_suite import model_paths, random_llama
+from qsdpa_patch.bench.model_suite import llama_shape, model_paths, random_llama
 from qsdpa_patch.bench.plan import SUITES
 from qsdpa_patch.bench.results import BenchmarkRun, CaseResult
 
@@ -71,6 +71,8 @@ def _paths(case: Case, options: BenchmarkOptions) -> list[TimedPath]:
     if case.suite == "append":
         return append_paths(case)
     if case.suite == "e2e":
-        model = random_llama(case, options.layers) if options.model is None else options.model
+        model = options.model
+        if model is None:
+            model = random_llama(llama_shape(case, options.layers), case.dtype)
         return model_paths(case, options.kernels, model)
     return attention_paths(case, options.kernels)

@@ -11,10 +11,12 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+from mlx_lm.models import llama
 
 import qsdpa_patch
 from qsdpa_patch.bench import command
 from qsdpa_patch.bench.limits import DeviceLimits
+from qsdpa_patch.bench.model_suite import RANDOM_MODELS
 from tests.qsdpa_patch.demo.tiny_model import write_tiny_model
 
 SMALL = ("--device", "cpu", "--heads", "4", "--kv-heads", "2", "--head-dim", "64", "--seconds", "0")
@@ -133,6 +135,17 @@ def test_a_model_of_ones_own(tmp_path: Path) -> None:
     (result,) = bench_as_json(tmp_path / "out.json", *options)["results"]
     assert all(path["error"] is None for path in result["paths"])
     assert result["model"] == "model"
+
+
+def test_a_model_of_random_weights_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = RANDOM_MODELS["llama-8b"] | {"num_hidden_layers": 2, "hidden_size": 128, "intermediate_size": 256}
+    monkeypatch.setitem(RANDOM_MODELS, "llama-8b", shape)
+    attention = llama.scaled_dot_product_attention
+    options = ("--suite", "e2e", "--model", "llama-8b", "--context", "40")
+    (result,) = bench_as_json(tmp_path / "out.json", *options)["results"]
+    assert {path["name"]: path["error"] for path in result["paths"]}["attention left out"] is None
+    assert result["model"] == "llama-8b"
+    assert llama.scaled_dot_product_attention is attention
 
 
 def test_stock_is_timed_as_it_is_though_the_patch_was_on(tmp_path: Path) -> None:
