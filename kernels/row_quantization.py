@@ -1,29 +1,42 @@
 """Quantization of the new rows of a cache, keys and values together, as one pair of arrays.
 
 A step of decoding quantizes a row or two per head. What that costs is the number of operations, not the numbers in
-them: so both sides go into one array of codes and one of scales and biases, heads after heads, which takes two writes
-to put into a cache that is laid out alike.
+them: so both sides go into one array of codes and one of scales and biases, heads after heads, by one kernel, and take
+two writes to be put into a cache that is laid out alike.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
+import importlib
+import logging
+from collections.abc import Callable, Sequence
+from functools import cache, lru_cache, partial
+from typing import cast
 
 import mlx.core as mx
 
+from qsdpa_patch.kernels.backends import default_backend_name, load_backend
 from qsdpa_patch.kernels.format import Format
 from qsdpa_patch.kernels.quantized_tensor import quantize_parts, stack_parts
+from qsdpa_patch.kernels.rotation import rotate
+from qsdpa_patch.kernels.row_kernel import PACK, RowKernel, Rows
 
-__all__ = ["quantize_rows", "quantize_rows_in_ops"]
+__all__ = ["kernel_failure", "quantize_rows", "quantize_rows_in_ops"]
 
+_log = logging.getLogger("qsdpa_patch")
 _DTYPES = (mx.float16, mx.bfloat16, mx.float32)
 _FEW = 16
 """Rows that are joined before they are quantized, which takes fewer operations; more are joined once they are small."""
+_THREADS = 128
+"""Threads of a threadgroup."""
+
+_Quantize = Callable[[Sequence[mx.array]], tuple[mx.array, mx.array]]
 
 
 def quantize_rows(sides: Sequence[mx.array], format: Format) -> tuple[mx.array, mx.array]:
     """Quantize the rows of one array, or of two (keys and values), to the bits that ``mx.quantize`` gives.
+
+    On a GPU by one kernel, where it takes the rows (:func:`kernel_failure`), else in MLX's own operations.
 
     Args:
         sides: one or two arrays ``[B, H_i, L, D]`` of one dtype (float16, bfloat16 or float32), with any strides.
@@ -34,25 +47,30 @@ def quantize_rows(sides: Sequence[mx.array], format: Format) -> tuple[mx.array, 
         Codes ``[B, H, L, format.words(padded)]`` uint32, where ``H`` counts the heads of all sides, one side after the
         other, and ``padded`` is ``D`` rounded up to 32; and scales ``[B, H, L, format.groups(padded)]`` in the dtype of
         ``sides`` (uint8 unless ``format`` is affine), followed along the heads by as many biases where ``format`` has
-        them.
+        them. Neither has a gradient.
 
     Raises:
         TypeError, ValueError: when the sides do not fit each other or ``format``.
     """
-    _check(format, sides[0].dtype, *((x.shape, x.dtype) for x in sides))
-    return quantize_rows_in_ops(sides, format)
+    plan = _plan(format, _on_gpu(), *[part for x in sides for part in (x.dtype, x.shape)])
+    return plan(sides)
+
+
+def _on_gpu() -> bool:
+    return mx.default_device() == mx.gpu
 
 
 def quantize_rows_in_ops(sides: Sequence[mx.array], format: Format) -> tuple[mx.array, mx.array]:
     """:func:`quantize_rows` in MLX's own operations."""
-    if len(sides) > 1 and sides[0].shape[2] > _FEW:  # no copy of all the rows
-        codes, scales = stack_parts([quantize_parts(x, format) for x in sides])
-        return codes, scales
-    x = sides[0] if len(sides) == 1 else mx.concatenate(list(sides), axis=1)
-    if x.size == 0:  # which mx.quantize takes in some formats only
-        return _no_rows(x, format)
-    codes, scales, *biases = quantize_parts(x, format)
-    return codes, mx.concatenate([scales, *biases], axis=1) if biases else scales
+    if len(sides) > 1 and sides[0].shape[2] > _FEW and all(x.size for x in sides):  # no copy of all the rows
+        parts = [quantize_parts(x, format) for x in sides]
+    else:
+        x = mx.concatenate(list(sides), axis=1)
+        if x.size == 0:  # which mx.quantize takes in some formats only
+            return _no_rows(x, format)
+        parts = [quantize_parts(x, format)]
+    codes, scales = stack_parts(parts)
+    return codes, scales
 
 
 def _no_rows(x: mx.array, format: Format) -> tuple[mx.array, mx.array]:
@@ -64,15 +82,100 @@ def _no_rows(x: mx.array, format: Format) -> tuple[mx.array, mx.array]:
 
 
 @lru_cache(maxsize=1024)
-def _check(format: Format, dtype: mx.Dtype, *sides: tuple[tuple[int, ...], mx.Dtype]) -> None:
-    """Raise unless arrays of these shapes and dtypes can be quantized together as ``format``."""
-    if not 1 <= len(sides) <= 2:
-        raise ValueError(f"{len(sides)} arrays are given: rows of one array, or of keys and values, are quantized")
-    if dtype not in _DTYPES:
-        raise TypeError(f"rows of {dtype} cannot be quantized: give float16, bfloat16 or float32")
-    given = " and ".join(f"{shape} {other}" for shape, other in sides)
-    for shape, other in sides:
-        if len(shape) != 4 or (shape[0], *shape[2:], other) != (sides[0][0][0], *sides[0][0][2:], dtype):
-            raise ValueError(f"rows {given}: take [batch, heads, count, dim], alike but for their heads")
-    if format.fit(sides[0][0][3])[0] != format:
-        raise ValueError(f"{format} does not divide rows of {sides[0][0][3]} numbers: fit it to them first")
+def _plan(format: Format, on_gpu: bool, *described: mx.Dtype | tuple[int, ...]) -> _Quantize:
+    """How sides of these dtypes and shapes (alternating) are quantized."""
+    dtypes, shapes = cast(tuple[mx.Dtype, ...], described[::2]), cast(tuple[tuple[int, ...], ...], described[1::2])
+    _check(format, dtypes, shapes)
+    batch, _, count, dim = shapes[0]
+    rows = Rows(format.packing, dtypes[0], dim, len(shapes))
+    heads = sum(shape[1] for shape in shapes)
+    threads = batch * heads * count * (rows.padded // PACK)
+    if not on_gpu or not 0 < threads < 1 << 31 or kernel_failure(default_backend_name(), rows):
+        return partial(quantize_rows_in_ops, format=format)
+    kernel = _kernel(default_backend_name(), rows)
+    quantize = partial(_launch, _prepared(kernel, rows, batch, heads, count))
+    return partial(_rotated, quantize) if format.rotated else quantize
+
+
+def _check(format: Format, dtypes: tuple[mx.Dtype, ...], shapes: tuple[tuple[int, ...], ...]) -> None:
+    """Raise unless arrays of these dtypes and shapes can be quantized together as ``format``."""
+    if not 1 <= len(shapes) <= 2:
+        raise ValueError(f"{len(shapes)} arrays are given: rows of one array, or of keys and values, are quantized")
+    if dtypes[0] not in _DTYPES:
+        raise TypeError(f"rows of {dtypes[0]} cannot be quantized: give float16, bfloat16 or float32")
+    for dtype, shape in zip(dtypes, shapes):
+        if len(shape) != 4 or (shape[0], *shape[2:], dtype) != (shapes[0][0], *shapes[0][2:], dtypes[0]):
+            given = " and ".join(f"{shape} {dtype}" for dtype, shape in zip(dtypes, shapes))
+            raise ValueError(f"rows {given}: give [batch, heads, count, dim], alike but for their heads")
+    dim = shapes[0][3]
+    if format.fit(dim)[0] != format:
+        raise ValueError(f"{format} does not fit rows of {dim} numbers: format.fit({dim}) says what does")
+
+
+@cache
+def kernel_failure(backend: str, rows: Rows) -> str:
+    """Why the kernel of ``backend`` (``"cuda"`` or ``"metal"``) does not quantize ``rows``; empty where it does.
+
+    The first time it is compiled and held against MLX's own operations, bit for bit. A kernel that fails is logged,
+    and not used.
+    """
+    available, reason = load_backend(backend).is_available()
+    if not available:
+        return reason
+    if rows.format.symmetric:
+        return "symmetric formats are quantized in MLX's own operations"
+    try:
+        sides = _sample(rows)
+        batch, heads, count, _ = sides[0].shape
+        actual = _launch(_prepared(_kernel(backend, rows), rows, batch, heads * len(sides), count), sides)
+        wrong = _bytes_apart(actual, quantize_rows_in_ops(sides, rows.format))
+        problem = f"the kernel that quantizes rows is wrong on this device: {wrong} bytes differ" if wrong else ""
+    except RuntimeError as error:
+        problem = f"the kernel that quantizes rows failed on this device: {error}"
+    if problem:
+        _log.warning("qsdpa_patch: %s (%s)", problem, rows)
+    return problem
+
+
+def _sample(rows: Rows) -> list[mx.array]:
+    """Sides of few rows, not contiguous; among them rows of zeros, of one number, of small ones, and an outlier."""
+    sides = []
+    for side in range(rows.sides):
+        x = mx.random.normal((2, 5, 3, rows.dim), key=mx.random.key(side))
+        x = x * mx.array([1, 8, 0, 1e-3, 0])[:, None, None] + mx.array([0, 0, 0, 0, 1.5])[:, None, None]
+        x[:, 1, :, rows.dim // 2] = -60
+        sides.append(x.astype(rows.dtype).swapaxes(1, 2))
+    return sides
+
+
+def _bytes_apart(actual: Sequence[mx.array], wanted: Sequence[mx.array]) -> int:
+    return sum(int(mx.sum(a.view(mx.uint8) != w.view(mx.uint8))) for a, w in zip(actual, wanted))
+
+
+@cache
+def _kernel(backend: str, rows: Rows) -> RowKernel:
+    module = importlib.import_module(f"qsdpa_patch.kernels.{backend}.row_quantization")
+    return cast(RowKernel, module.row_kernel(rows))
+
+
+def _prepared(kernel: RowKernel, rows: Rows, batch: int, heads: int, count: int) -> RowKernel:
+    """``kernel`` with all its arguments but the inputs."""
+    format, padded = rows.format, rows.padded
+    threads = batch * heads * count * (padded // PACK)
+    planes = heads * (2 if format.has_biases else 1)
+    return partial(
+        kernel,
+        grid=(-(-threads // 32) * 32, 1, 1),  # whole warps: all threads of one take part in its exchanges
+        threadgroup=(_THREADS, 1, 1),
+        output_shapes=[(batch, heads, count, format.words(padded)), (batch, planes, count, format.groups(padded))],
+        output_dtypes=[mx.uint32, rows.dtype if format.is_affine else mx.uint8],
+    )
+
+
+def _launch(kernel: RowKernel, sides: Sequence[mx.array]) -> tuple[mx.array, mx.array]:
+    codes, scales = kernel(inputs=list(sides))
+    return codes, scales
+
+
+def _rotated(quantize: _Quantize, sides: Sequence[mx.array]) -> tuple[mx.array, mx.array]:
+    return quantize([rotate(x) for x in sides])

@@ -26,16 +26,16 @@ DECODE_OUTPUTS = ["out", "partials", "stats"]
 
 
 @cache
-def headers() -> str:
-    """The headers, as text to compile.
+def headers(names: tuple[str, ...] = _HEADERS) -> str:
+    """Headers of this folder, by default those of the decode kernel, as text to compile.
 
     MLX copies and hashes the whole text of a kernel at every call, so they are included by path where they are files,
     and pasted only where they are not (a package in an archive).
     """
     folder = files("qsdpa_patch").joinpath("kernels", "cuda")
     if isinstance(folder, Path):
-        return "".join(f'#include "{folder / name}"\n' for name in _HEADERS)
-    pasted = "\n".join(folder.joinpath(name).read_text() for name in _HEADERS)
+        return "".join(f'#include "{folder / name}"\n' for name in names)
+    pasted = "\n".join(folder.joinpath(name).read_text() for name in names)
     skipped = ('#include "', "#pragma once")
     return "\n".join(line for line in pasted.splitlines() if not line.startswith(skipped))
 

@@ -9,7 +9,7 @@ from importlib.resources import files
 from qsdpa_patch.kernels.attention_call import Signature
 from qsdpa_patch.kernels.format import Format
 
-__all__ = ["decode_body", "decode_header", "merge_body", "merge_header", "mode_of"]
+__all__ = ["decode_body", "decode_header", "merge_body", "merge_header", "mode_of", "row_quantization_header"]
 
 _MODES = {"affine": 0, "symmetric": 1, "mxfp4": 2, "mxfp8": 3, "nvfp4": 4}
 """Values of ``Mode`` in dequantize.metal."""
@@ -63,3 +63,8 @@ def decode_header(signature: Signature, split: bool) -> str:
 @cache
 def merge_header(has_sinks: bool) -> str:
     return f"#define HAS_SINKS {int(has_sinks)}\n"
+
+
+@cache
+def row_quantization_header() -> str:
+    return _read("row_quantization.metal")

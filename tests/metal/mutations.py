@@ -1,4 +1,4 @@
-"""Faults put into the attention kernels one at a time, and what finds each: the table is part of the proof.
+"""Faults put into the kernels one at a time, and what finds each: the table is part of the proof.
 
 python -m tests.metal.mutations
 """
@@ -15,6 +15,7 @@ from tests import attention_cases as cases
 from tests.attention_cases import Case
 from tests.metal.emulated_backend import EmulatedBackend, emulated_backend
 from tests.metal.emulator import MetalError
+from tests.metal.row_mutations import ROW_MUTATIONS, row_mutation_caught_by
 
 __all__ = ["MUTATIONS", "Mutation", "caught_by"]
 
@@ -381,6 +382,9 @@ def main() -> None:
         with emulated_backend() as backend:
             message = caught_by(mutation, backend) or "NOT CAUGHT"
         print(f"| {mutation.name} | {message[:110]} |", flush=True)
+    for row_mutation in ROW_MUTATIONS:
+        message = row_mutation_caught_by(row_mutation) or "NOT CAUGHT"
+        print(f"| rows: {row_mutation.name} | {message[:110]} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -5,17 +5,12 @@ They are known to be right on Apple GPUs, so they vouch for the emulator.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import mlx.core as mx
-import numpy as np
 import pytest
 
-from tests.metal import mlx_attention
+from qsdpa_patch.kernels.format import FLOAT_FORMATS, Format
+from tests.metal import mlx_attention, mlx_quantization
 from tests.metal.emulator import MetalError, missing_tools
-from tests.metal.emulator.compiler import build
-from tests.metal.emulator.signature import TYPE_NAMES
-from tests.metal.emulator.worker_process import WRITABLE, Argument, run
 
 pytestmark = pytest.mark.skipif(bool(missing_tools()), reason=missing_tools() or "the emulator runs here")
 TOLERANCES = {mx.float32: 1e-6, mx.float16: 1e-3, mx.bfloat16: 8e-3}
@@ -41,39 +36,27 @@ def test_a_barrier_taken_out_of_sdpa_vector_is_missed() -> None:
 @pytest.mark.parametrize("dtype", [mx.float16, mx.float32])
 def test_affine_quantize_and_dequantize(bits: int, dtype: mx.Dtype) -> None:
     """The two kernels of quantized.h against ``mx.quantize`` and ``mx.dequantize``."""
+    format = Format.affine(bits)
     x = mx.random.normal((4, 256), key=mx.random.key(bits)).astype(dtype)
     packed = mx.quantize(x, group_size=64, bits=bits)
-    made = _run("affine_quantize", dtype, bits, {"w": x}, dict(zip(("out", "scales", "biases"), packed)), x.size // 2)
+    made = mlx_quantization.quantize(x, format)
     restored = mx.dequantize(*packed, group_size=64, bits=bits)
     if dtype == mx.float32:
-        assert all(mx.array_equal(actual, wanted) for actual, wanted in zip(made, packed))
+        assert all(mx.array_equal(actual, wanted) for actual, wanted in zip(made, packed, strict=True))
     else:  # where a number lies between two codes, MLX's CPU and GPU kernels round 16-bit intermediates differently
         codes, scales, biases = made
         step = mx.abs(mx.dequantize(codes, scales, biases, group_size=64, bits=bits) - restored)
         assert step.max() <= 1.01 * mx.abs(packed[1]).max()
-    inputs = dict(zip(("w", "scales", "biases"), packed))
-    per_thread = {3: 8, 5: 8, 6: 4}.get(bits, 8 // bits)
-    (actual,) = _run("affine_dequantize", dtype, bits, inputs, {"out": x}, x.size // per_thread)
+    actual = mlx_quantization.dequantize(packed, format, x)
     assert mx.allclose(actual, restored, rtol=0, atol=2e-3 if dtype == mx.float16 else 1e-6)
 
 
-def _run(
-    kernel: str, dtype: mx.Dtype, bits: int, inputs: dict[str, mx.array], like: dict[str, mx.array], threads: int
-) -> list[mx.array]:
-    """Run a kernel of quantized.h; its outputs have the shapes and dtypes of ``like``."""
-    source = (Path(mx.__file__).parent / "include/mlx/backend/metal/kernels/quantized.h").read_text()
-    template = "template <typename T, int group_size, int bits, bool has_global_scale = false>\n[[kernel]] void "
-    helpers = source[: source.index("struct QuantizedBlockLoader")].rpartition("template <")[0]
-    source = helpers + source[source.index(template + "affine_quantize") :]
-    library = build(source, kernel, [("T", TYPE_NAMES[dtype]), ("group_size", "64"), ("bits", str(bits))])
-    arguments = []
-    for i, (name, array) in enumerate(inputs.items()):
-        data = np.array(array).tobytes()
-        arguments.append(Argument(i, name, len(data), data))
-    for name, array in like.items():
-        arguments.append(Argument(len(arguments), name, array.nbytes, None, WRITABLE))
-    outputs, _ = run(kernel, library, arguments, (threads, 1, 1), (64, 1, 1))
-    return [
-        mx.array(np.frombuffer(data, np.uint8)).view(a.dtype).reshape(a.shape)
-        for data, a in zip(outputs, like.values())
-    ]
+@pytest.mark.parametrize("name", FLOAT_FORMATS)
+def test_fp_quantize(name: str) -> None:
+    """The kernel of fp_quantized.h against ``mx.quantize``, which on the CPU drops the sign of zeros."""
+    format = Format.named(name)
+    x = mx.random.normal((4, 256), key=mx.random.key(0))
+    codes, scales = mlx_quantization.quantize(x, format)
+    wanted = mx.quantize(x, mode=name)
+    assert mx.array_equal(scales, wanted[1])
+    assert mx.array_equal(mx.dequantize(codes, scales, mode=name), mx.dequantize(*wanted, mode=name))

@@ -89,14 +89,17 @@ def runtime_library() -> Path:
 
 @cache
 def mlx_headers() -> Path:
-    """MLX's own Metal headers, from the installed wheel, with two edits that clang's dialect needs."""
+    """MLX's own Metal headers, from the installed wheel, with a few edits that clang's dialect needs."""
     wheel = Path(mx.__file__).parent / "include"
     original = wheel / "mlx/backend/metal/kernels"
-    edited = {name: (original / name).read_text() for name in ("complex.h",)}
+    edited = {name: (original / name).read_text() for name in ("complex.h", "fp4.h", "fp8.h")}
     # A constructor that is tied to one address space cannot make the constants of Limits<complex_t>.
     edited["complex.h"] = edited["complex.h"].replace(
         "constexpr complex_t(T real, T imag) thread :", "constexpr complex_t(T real, T imag) :"
     )
+    for name in ("fp4.h", "fp8.h"):  # likewise; and a half becomes a bfloat by way of a float
+        edited[name] = edited[name].replace(") thread {", ") {")
+        edited[name] = edited[name].replace("<bfloat16_t>(this->", "<bfloat16_t>((float)this->")
     edited["bf16_math.h"] = "#pragma once\n"  # the overloads for bfloat are in metal.h
     digest = hashlib.sha256(repr(sorted(edited.items())).encode()).hexdigest()[:16]
     root = cache_folder() / f"mlx-headers-{digest}"

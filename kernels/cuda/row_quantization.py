@@ -1,0 +1,31 @@
+"""The CUDA kernel that quantizes new rows. See :mod:`qsdpa_patch.kernels.row_quantization`."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import cast
+
+import mlx.core as mx
+
+from qsdpa_patch.kernels.cuda.plan import format_mode
+from qsdpa_patch.kernels.cuda.source import cuda_type, headers
+from qsdpa_patch.kernels.row_kernel import OUTPUTS, RowKernel, Rows, kernel_body
+
+__all__ = ["row_kernel"]
+
+_THREAD = "blockIdx.x * blockDim.x + threadIdx.x"
+
+
+@cache
+def row_kernel(rows: Rows) -> RowKernel:
+    """The kernel for ``rows``, compiled by MLX when a result of it is first evaluated."""
+    body = kernel_body(rows, cuda_type(rows.dtype), format_mode(rows.format), _THREAD)
+    kernel = mx.fast.cuda_kernel(
+        name="qsdpa_quantize_rows",
+        input_names=list(rows.inputs),
+        output_names=list(OUTPUTS),
+        header=headers(("row_quantization.cuh",)),
+        source=f"using namespace qsdpa;\n{body}",
+        ensure_row_contiguous=False,
+    )
+    return cast(RowKernel, kernel)

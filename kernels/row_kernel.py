@@ -1,0 +1,62 @@
+"""What the CUDA and the Metal kernel that quantize new rows have in common: when one serves, and the text of its body.
+
+The kernels themselves are ``cuda/row_quantization.cuh`` and ``metal/row_quantization.metal``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from qsdpa_patch.kernels.format import Format
+
+__all__ = ["OUTPUTS", "PACK", "RowKernel", "Rows", "kernel_body"]
+
+RowKernel = Callable[..., list[mx.array]]
+"""A kernel of ``mx.fast.cuda_kernel`` or ``mx.fast.metal_kernel``."""
+
+OUTPUTS = ("codes", "scales")
+PACK = 8
+"""Numbers that a thread quantizes."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows that one compiled kernel takes, whatever their batch, heads and count.
+
+    format: fitted, and not rotated. dim: numbers of a row before padding. sides: 1, or 2 for keys and values.
+    """
+
+    format: Format
+    dtype: mx.Dtype
+    dim: int
+    sides: int
+
+    @property
+    def padded(self) -> int:
+        """Stored row length."""
+        return self.format.fit(self.dim)[1]
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the kernel's inputs."""
+        return ("rows",) if self.sides == 1 else ("keys", "values")
+
+
+def kernel_body(rows: Rows, scalar: str, mode: int, thread: str) -> str:
+    """The body of the kernel: its template, called with what MLX passes for each input.
+
+    scalar: the type of a number. mode: the number of the format's mode. thread: the index of the thread in the grid.
+    """
+    sides = [
+        f"Side<{scalar}>{{{name}, {name}_shape[1], {', '.join(f'{name}_strides[{axis}]' for axis in range(4))}}}"
+        for name in rows.inputs
+    ]
+    first = rows.inputs[0]
+    if rows.sides == 1:
+        sides.append(f"Side<{scalar}>{{{first}, 0, 0, 0, 0, 0}}")
+    parameters = f"{rows.format.bits}, {rows.format.group_size}, {mode}, {rows.dim}, {rows.padded}"
+    arguments = (*sides, f"{first}_shape[0]", f"{first}_shape[2]", *OUTPUTS, thread)
+    return f"quantize_rows<{parameters}>({', '.join(arguments)});\n"
