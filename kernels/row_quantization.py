@@ -21,7 +21,7 @@ from qsdpa_patch.kernels.quantized_tensor import quantize_parts, stack_parts
 from qsdpa_patch.kernels.rotation import rotate
 from qsdpa_patch.kernels.row_kernel import PACK, RowKernel, Rows
 
-__all__ = ["kernel_failure", "quantize_rows", "quantize_rows_in_ops"]
+__all__ = ["has_row_kernel", "quantize_rows", "quantize_rows_in_ops"]
 
 _log = logging.getLogger("qsdpa_patch")
 _DTYPES = (mx.float16, mx.bfloat16, mx.float32)
@@ -36,7 +36,7 @@ _Quantize = Callable[[Sequence[mx.array]], tuple[mx.array, mx.array]]
 def quantize_rows(sides: Sequence[mx.array], format: Format) -> tuple[mx.array, mx.array]:
     """Quantize the rows of one array, or of two (keys and values), to the bits that ``mx.quantize`` gives.
 
-    On a GPU by one kernel, where it takes the rows (:func:`kernel_failure`), else in MLX's own operations.
+    On a GPU by one kernel, where it takes the rows (:func:`has_row_kernel`), else in MLX's own operations.
 
     Args:
         sides: one or two arrays ``[B, H_i, L, D]`` of one dtype (float16, bfloat16 or float32), with any strides.
@@ -90,10 +90,10 @@ def _plan(format: Format, on_gpu: bool, *described: mx.Dtype | tuple[int, ...]) 
     rows = Rows(format.packing, dtypes[0], dim, len(shapes))
     heads = sum(shape[1] for shape in shapes)
     threads = batch * heads * count * (rows.padded // PACK)
-    if not on_gpu or not 0 < threads < 1 << 31 or kernel_failure(default_backend_name(), rows):
+    backend = default_backend_name() if on_gpu else "cpu"
+    if not 0 < threads < 1 << 31 or not has_row_kernel(backend, rows)[0]:
         return partial(quantize_rows_in_ops, format=format)
-    kernel = _kernel(default_backend_name(), rows)
-    quantize = partial(_launch, _prepared(kernel, rows, batch, heads, count))
+    quantize = partial(_launch, _prepared(_kernel(backend, rows), rows, batch, heads, count))
     return partial(_rotated, quantize) if format.rotated else quantize
 
 
@@ -113,28 +113,33 @@ def _check(format: Format, dtypes: tuple[mx.Dtype, ...], shapes: tuple[tuple[int
 
 
 @cache
-def kernel_failure(backend: str, rows: Rows) -> str:
-    """Why the kernel of ``backend`` (``"cuda"`` or ``"metal"``) does not quantize ``rows``; empty where it does.
+def has_row_kernel(backend: str, rows: Rows) -> tuple[bool, str]:
+    """Whether the kernel of ``backend`` quantizes ``rows``, and if not, why.
 
     The first time it is compiled and held against MLX's own operations, bit for bit. A kernel that fails is logged,
     and not used.
     """
-    available, reason = load_backend(backend).is_available()
-    if not available:
-        return reason
+    if backend == "cpu":
+        return False, "the CPU quantizes rows in MLX's own operations"
     if rows.format.symmetric:
-        return "symmetric formats are quantized in MLX's own operations"
+        return False, "symmetric formats are quantized in MLX's own operations"
+    available, reason = load_backend(backend).is_available()
+    problem = "" if not available else _problem(backend, rows)
+    if problem:
+        _log.warning("qsdpa_patch: %s (%s)", problem, rows)
+    return available and not problem, reason or problem
+
+
+def _problem(backend: str, rows: Rows) -> str:
+    """What is wrong with the kernel on this device, or an empty string."""
     try:
         sides = _sample(rows)
         batch, heads, count, _ = sides[0].shape
         actual = _launch(_prepared(_kernel(backend, rows), rows, batch, heads * len(sides), count), sides)
         wrong = _bytes_apart(actual, quantize_rows_in_ops(sides, rows.format))
-        problem = f"the kernel that quantizes rows is wrong on this device: {wrong} bytes differ" if wrong else ""
     except RuntimeError as error:
-        problem = f"the kernel that quantizes rows failed on this device: {error}"
-    if problem:
-        _log.warning("qsdpa_patch: %s (%s)", problem, rows)
-    return problem
+        return f"the kernel that quantizes rows failed on this device: {error}"
+    return f"the kernel that quantizes rows is wrong on this device: {wrong} bytes differ" if wrong else ""
 
 
 def _sample(rows: Rows) -> list[mx.array]:

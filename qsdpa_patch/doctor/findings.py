@@ -23,6 +23,8 @@ from qsdpa_patch.kernels.attention_call import Signature
 from qsdpa_patch.kernels.backends import BACKENDS, default_backend_name, load_backend
 from qsdpa_patch.kernels.cpu import backend as cpu_backend
 from qsdpa_patch.kernels.format import Format
+from qsdpa_patch.kernels.row_kernel import Rows
+from qsdpa_patch.kernels.row_quantization import has_row_kernel
 from qsdpa_patch.settings import installed_model_types, is_truthy, resolve_settings
 from qsdpa_patch.targets import TARGETS, source_hash
 
@@ -53,6 +55,7 @@ def all_findings() -> Iterator[Finding]:
     yield from _targets()
     yield from _backends()
     yield from _kernels()
+    yield from _row_kernels()
     yield from _cpu_library()
     yield from _models()
 
@@ -149,14 +152,34 @@ def _kernels() -> Iterator[Finding]:
             start = time.perf_counter()
             fused, reason = router.has_fused_kernel(signature)
             seconds = time.perf_counter() - start
-            text = f"decode D {dim}, {signature.key_format}, {str(signature.dtype).rpartition('.')[2]}: "
+            text = f"decode D {dim}, {signature.key_format}, {_name(signature.dtype)}: "
             yield Finding("kernels", text + (f"fused ({seconds:.2f} s to get ready)" if fused else f"ops: {reason}"))
+
+
+def _row_kernels() -> Iterator[Finding]:
+    """Whether keys and values that come new into a cache are quantized by one kernel; likewise made ready here."""
+    dtype = _cache_dtype()
+    for format in (Format.affine(4), Format.affine(8)):
+        start = time.perf_counter()
+        taken, reason = has_row_kernel(default_backend_name(), Rows(format, dtype, 128, 2))
+        seconds = time.perf_counter() - start
+        text = f"append D 128, {format}, {_name(dtype)}: "
+        yield Finding("kernels", text + (f"one kernel ({seconds:.2f} s to get ready)" if taken else f"ops: {reason}"))
+
+
+def _cache_dtype() -> mx.Dtype:
+    """Of the numbers in a cache that a model on this device usually has."""
+    return mx.float32 if mx.default_device().type == mx.DeviceType.cpu else mx.bfloat16
+
+
+def _name(dtype: mx.Dtype) -> str:
+    return str(dtype).rpartition(".")[2]
 
 
 def _decode_signature(dim: int, format: Format) -> Signature:
     """One new token over a grouped cache with heads of ``dim``, as mlx-lm would call it on this device."""
     fitted, padded = format.fit(dim)
-    dtype = mx.float32 if mx.default_device().type == mx.DeviceType.cpu else mx.bfloat16
+    dtype = _cache_dtype()
     return Signature(
         1, 32, 8, 1, padded, padded, dtype, fitted, fitted, dtype, dtype, "none", False, 0, False
     )  # fmt: skip

@@ -65,7 +65,7 @@ def emulated_row_quantization() -> Iterator[list[Cost]]:
 def _forget_kernels() -> None:
     for cached in (
         backend.has_fused_kernel, backend._decode_kernel, backend._merge_kernel, first_use._check,
-        row_quantization._plan, row_quantization.kernel_failure, row_quantization._kernel,
+        row_quantization._plan, row_quantization.has_row_kernel, row_quantization._kernel,
         metal_row_quantization.row_kernel,
     ):  # fmt: skip
         cached.cache_clear()

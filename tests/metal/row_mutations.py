@@ -92,7 +92,7 @@ def row_mutation_caught_by(mutation: RowMutation) -> str:
         patch.setattr(sources, "_read", mutated)
         patch.setattr(sources, "row_quantization_header", sources.row_quantization_header.__wrapped__)
         try:
-            return _difference(rows) or row_quantization.kernel_failure("metal", rows)
+            return _difference(rows) or row_quantization.has_row_kernel("metal", rows)[1]
         except MetalError as error:
             return " ".join(str(error).split())
 

@@ -43,6 +43,9 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     decided = [f["text"] for f in found if "decode D" in f["text"]]
     assert len(decided) == 10
     assert all("fused" in text or "ops: " in text for text in decided)
+    appended = [f["text"] for f in found if "append D" in f["text"]]
+    assert len(appended) == 2
+    assert all("one kernel" in text or "ops: " in text for text in appended)
     assert not qsdpa_patch.is_enabled()
 
 
