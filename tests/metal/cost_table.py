@@ -25,6 +25,7 @@ from qsdpa_patch.kernels.format import Format
 from tests import attention_cases as cases
 from tests.attention_cases import Case
 from tests.metal import mlx_attention
+from tests.metal.append_cost import dispatches_of_caches
 from tests.metal.emulated_backend import emulated_backend
 from tests.metal.emulator import Cost
 
@@ -176,6 +177,14 @@ def expected_times() -> Iterator[str]:
             )
 
 
+def appending() -> Iterator[str]:
+    """Dispatches of an update of the cache with one token."""
+    yield "| cache | dispatches | of these |"
+    yield "|---|--:|---|"
+    for name, counted in dispatches_of_caches():
+        yield f"| {name} | {counted.total()} | {', '.join(f'{n} {what}' for what, n in sorted(counted.items()))} |"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args()
@@ -184,6 +193,9 @@ def main() -> None:
         print(row, flush=True)
     print()
     for line in expected_times():
+        print(line, flush=True)
+    print()
+    for line in appending():
         print(line, flush=True)
 
 

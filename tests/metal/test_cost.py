@@ -5,7 +5,9 @@ from __future__ import annotations
 import mlx.core as mx
 import pytest
 
-from tests.metal import cost_table
+from qsdpa_patch.caches import QuantizedKVCache
+from qsdpa_patch.kernels.format import Format
+from tests.metal import append_cost, cost_table
 from tests.metal.emulator import missing_tools
 
 pytestmark = [
@@ -38,3 +40,8 @@ def test_less_work_than_mlx_does_for_float_keys(group: int) -> None:
     assert theirs.reductions == pytest.approx(1)
     assert ours.reductions <= theirs.reductions / 4
     assert ours.lane_operations < theirs.lane_operations
+
+
+@pytest.mark.parametrize("format", [Format.affine(4), Format.affine(3, 32), Format.named("mxfp8")], ids=str)
+def test_a_token_is_put_into_the_cache_in_three_dispatches(format: Format) -> None:
+    assert append_cost.count_dispatches(QuantizedKVCache(format)) == {"quantize_rows": 1, "SliceUpdate": 2}
