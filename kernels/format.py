@@ -84,7 +84,7 @@ class Format:
     @property
     def packing(self) -> Format:
         """The format without the rotation: how the rows are packed."""
-        return replace(self, rotated=False) if self.rotated else self
+        return _unrotated(self) if self.rotated else self
 
     @property
     def has_biases(self) -> bool:
@@ -129,3 +129,8 @@ class Format:
         if not self.is_affine:
             return self.mode + rotated
         return f"{self.bits}-bit g{self.group_size}" + (" symmetric" if self.symmetric else "") + rotated
+
+
+@lru_cache(maxsize=256)
+def _unrotated(format: Format) -> Format:
+    return replace(format, rotated=False)

@@ -75,13 +75,12 @@ class QuantizedTensor(mx.array):
         self._parts = (codes, scales) if biases is None else (codes, scales, biases)
 
     @classmethod
-    def _of_stack(cls, values: mx.array, stack: PackedStack, index: int) -> QuantizedTensor:
-        """Tensor ``index`` of ``stack``; ``values`` are its dequantized values, lazy."""
-        tensor = cls.__new__(cls)
+    def _of_stack(cls, values: mx.array, index: int, attributes: dict[str, Any]) -> QuantizedTensor:
+        """Tensor ``index`` of a stack, with its dequantized values (lazy) and the attributes that all of them have."""
+        tensor = mx.array.__new__(cls)
         mx.array.__init__(tensor, values)
-        tensor.format, tensor.dim, tensor.padded_dim = stack.format, stack.dim, stack.padded_dim
-        tensor.scale_dtype = stack.scales.dtype
-        tensor.stack, tensor.index, tensor._parts = stack, index, None
+        tensor.__dict__.update(attributes)
+        tensor.index = index
         return tensor
 
     @property
@@ -179,7 +178,11 @@ class PackedStack:
         values = dequantize_parts(self.codes, scales, biases, self.format, self.dtype)
         values = _logical(values, self.format, self.dim)
         each = [values] if self.count == 1 else mx.split(values, self.count, axis=1)
-        return [QuantizedTensor._of_stack(x, self, i) for i, x in enumerate(each)]
+        shared = {
+            "format": self.format, "dim": self.dim, "padded_dim": self.padded_dim, "scale_dtype": self.scales.dtype,
+            "stack": self, "_parts": None,
+        }  # fmt: skip
+        return [QuantizedTensor._of_stack(x, i, shared) for i, x in enumerate(each)]
 
     def parts(self, index: int) -> tuple[mx.array, ...]:
         """Codes, scales and, where the format has them, biases of tensor ``index``, as views."""

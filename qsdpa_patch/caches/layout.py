@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import mlx.core as mx
 
@@ -23,7 +24,7 @@ class Layout:
     keys: Codec
     values: Codec
 
-    @property
+    @cached_property
     def _shared(self) -> bool:
         return self.keys == self.values and isinstance(self.keys, QuantizingCodec)
 
