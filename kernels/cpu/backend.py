@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import mlx.core as mx
@@ -104,7 +104,7 @@ def attend(call: AttentionCall) -> mx.array:
     """
     sig, library = call.signature, load_library()
     arrays = plans.arrays_of(call)
-    _evaluate(call.queries, arrays)
+    _start_evaluating([a for a in arrays if a is not None])
     arrays[1], result = _output((sig.batch, sig.query_heads, sig.query_length, sig.value_dim), sig.dtype)
     try:
         fields = plans.fill_fields(call, thread_count())
@@ -113,31 +113,62 @@ def attend(call: AttentionCall) -> mx.array:
     library.read_views(arrays, fields)
     if failure := library.functions.qsdpa_attend(fields, call.scale):
         raise Declined(_FAILURES[failure])
+    # What is traced for gradients but evaluated already is not refused: a fresh slice of it is. Now rather than before,
+    # so that MLX's thread does not take a core from the kernel.
+    _start_evaluating([call.queries[..., :1]])
     return result
 
 
-def _evaluate(queries: mx.array, arrays: list[mx.array | None]) -> None:
+def _start_evaluating(arrays: list[mx.array]) -> None:
     """Start evaluating what the kernel reads, or decline: it cannot run on traced arrays, nor be differentiated.
 
-    Unlike ``eval``, ``async_eval`` refuses arrays that are traced for gradients, where they are not evaluated yet, as
-    a fresh slice is not.
+    Unlike ``eval``, ``async_eval`` refuses arrays that are traced for gradients.
     """
     try:
-        _async_eval(queries[..., :1], [a for a in arrays if a is not None])
+        _async_eval(arrays)
     except ValueError as error:
         if "transformation" not in str(error):
             raise
         raise Declined("the CPU kernel takes evaluated arrays: not under mx.compile, mx.vmap or mx.grad") from error
 
 
+_DLPACK_CPU = 1
+_LARGEST_TEMPLATE = 1 << 20
+"""Bytes of an output whose zeros are kept to be copied."""
+
+
 def _output(shape: tuple[int, ...], dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
     """A new array for the kernel to write into, and the array of ``dtype`` that it is.
 
-    Made of zeroed memory rather than by an op, which would cost a trip to the stream's thread.
+    Evaluated already: an op, be it ``zeros`` or ``view``, would cost a trip to the stream's thread.
     """
-    zeros: Any = memoryview(bytes(math.prod(shape) * dtype.size))
+    size = math.prod(shape) * dtype.size
+    template: Any = _template(shape, dtype) if size <= _LARGEST_TEMPLATE else None
+    if template is not None:
+        out = mx.array(template)
+        return out, out
+    zeros: Any = memoryview(bytes(size))
     if dtype == mx.float32:
         out = mx.array(zeros.cast("f", shape))
         return out, out
     out = mx.array(zeros.cast("H", shape))
     return out, out.view(dtype)
+
+
+class _Template:
+    """Zeros that ``mx.array`` copies at once, at every dtype: it does so with what has ``__dlpack__`` and is none of
+    its own arrays."""
+
+    def __init__(self, zeros: mx.array) -> None:
+        self._export: Any = zeros.__dlpack__
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self._export(**options)
+
+
+@lru_cache(maxsize=16)
+def _template(shape: tuple[int, ...], dtype: mx.Dtype) -> _Template | None:
+    """``None`` where MLX has its arrays in memory that it does not copy from: on builds for a GPU."""
+    zeros: Any = mx.zeros(shape, dtype, stream=mx.cpu)
+    mx.eval(zeros)
+    return _Template(zeros) if zeros.__dlpack_device__()[0] == _DLPACK_CPU else None

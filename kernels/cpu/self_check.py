@@ -17,24 +17,25 @@ __all__ = ["wrong_results"]
 def wrong_results(attend: Callable[[AttentionCall], mx.array]) -> str:
     """What is wrong with the results of ``attend``; empty when they are right.
 
-    Two calls, of few and of many rows. Their numbers come from no random generator: the user's is left alone.
+    Few and many rows, in float32 and in 16 bits, which differ in arithmetic. The numbers come from no random generator:
+    the user's is left alone.
     """
     with mx.stream(mx.cpu):
-        for length in (1, 9):
-            call = _small_call(length)
-            wanted = reference.attend(call)
-            error = float(mx.abs(attend(call) - wanted).max())
-            if not error <= 1e-4 * float(mx.abs(wanted).max()):
+        for length, dtype, tolerance in ((1, mx.float32, 1e-4), (9, mx.float32, 1e-4), (1, mx.float16, 5e-3)):
+            call = _small_call(length, dtype)
+            wanted = reference.attend(call).astype(mx.float32)
+            error = float(mx.abs(attend(call).astype(mx.float32) - wanted).max())
+            if not error <= tolerance * float(mx.abs(wanted).max()):
                 return f"its results differ from the reference by up to {error:.2g}"
     return ""
 
 
-def _small_call(length: int) -> AttentionCall:
+def _small_call(length: int, dtype: mx.Dtype) -> AttentionCall:
     def numbers(*shape: int) -> mx.array:
         count = 1
         for n in shape:
             count *= n
-        return mx.sin(mx.arange(count, dtype=mx.float32) ** 1.5).reshape(shape)
+        return mx.sin(mx.arange(count, dtype=mx.float32) ** 1.5).reshape(shape).astype(dtype)
 
     keys = quantize(numbers(1, 2, 100, 64), Format.affine(4, 32))
     values = quantize(numbers(1, 2, 100, 96) + 0.5, Format.affine(6, 32))

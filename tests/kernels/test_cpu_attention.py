@@ -22,7 +22,7 @@ from qsdpa_patch.kernels.backends import Declined
 from qsdpa_patch.kernels.cpu import backend, library, plans
 from qsdpa_patch.kernels.cpu.compiler import Compiler
 from qsdpa_patch.kernels.format import Format
-from qsdpa_patch.kernels.quantized_tensor import QuantizedTensor
+from qsdpa_patch.kernels.quantized_tensor import QuantizedTensor, quantize
 from tests.attention_cases import (
     TOLERANCES,
     Case,
@@ -161,6 +161,48 @@ def test_traced_arrays_are_declined(transform: str) -> None:
     assert "mx.grad" in reasons[0]
 
 
+def test_traced_arrays_that_are_evaluated_are_declined() -> None:
+    call = build(Case(seed=9, count=40, capacity=40))
+
+    def attend(queries: mx.array) -> mx.array:
+        mx.eval(queries)
+        with pytest.raises(Declined, match=r"mx\.grad"):
+            backend.attend(replace(call, queries=queries))
+        return queries.sum()
+
+    mx.grad(attend)(call.queries)
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32], ids=str)
+def test_values_of_very_different_sizes(dtype: mx.Dtype) -> None:
+    """Most of the weight is on a key with tiny values, as attention sinks have, and the output comes from the others;
+    in another head it lies on a group that is much larger than the rest of the row."""
+    mx.random.seed(12)
+    count, heads, dim = 200, 2, 128
+    queries, keys = mx.random.normal((1, heads, 1, dim)), mx.random.normal((1, heads, count, dim))
+    keys[:, :, 3] = queries[:, :, 0]
+    values = mx.random.normal((1, heads, count, dim))
+    values[:, 0, 3] *= 1e-3
+    values[:, 1, :, 64:] *= 1e3
+    format = Format.affine(4, 64)
+    call = check_call(
+        queries.astype(dtype), quantize(keys.astype(dtype), format), quantize(values.astype(dtype), format), scale=0.1
+    )
+    out, wanted = backend.attend(call), attend_in_double(call)
+    for head, half in ((0, slice(0, 128)), (1, slice(0, 64)), (1, slice(64, 128))):
+        assert relative_error(out[:, head, :, half], wanted[:, head, :, half]) <= TOLERANCES[dtype]
+
+
+def test_outputs_are_new_each_time() -> None:
+    call = build(Case(seed=13, dtype=mx.bfloat16))
+    first = backend.attend(call)
+    kept = mx.array(first.astype(mx.float32))
+    mx.eval(kept)
+    other = replace(call, queries=-call.queries)
+    assert relative_error(backend.attend(other), kept) > 0.01
+    assert relative_error(first, kept) == 0
+
+
 def test_threads_may_call_at_once() -> None:
     calls = [build(random_case(seed)) for seed in range(20, 26)]
     calls += [build(Case(seed=s, kv_heads=2, group=4, count=2000, capacity=2000)) for s in (1, 2)]
@@ -199,14 +241,14 @@ def test_a_forked_child_makes_its_own_threads() -> None:
     assert os.waitpid(child, 0)[1] == 0
 
 
-@pytest.fixture(params=["-mno-avx512f", "-mno-avx"])
+@pytest.fixture(params=["-mno-avx512vnni", "-mno-avx512f", "-mno-avx512f -mno-avxvnni", "-mno-avx"])
 def narrow_library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The library made for narrower vectors than this CPU has."""
+    """The library made for narrower vectors than this CPU has, or without its products of bytes."""
     path = shutil.which("cc")
     if platform.machine() not in ("x86_64", "AMD64") or path is None:
         pytest.skip("the flags are those of cc on x86-64")
     monkeypatch.setenv("QSDPA_CACHE_DIR", str(tmp_path))
-    built = library.find_or_build(Compiler((path, request.param), "test"))
+    built = library.find_or_build(Compiler((path, *request.param.split()), "test"))
     monkeypatch.setattr(library, "_outcome", built)
 
 

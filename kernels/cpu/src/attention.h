@@ -11,6 +11,7 @@
 #include <math.h>
 #include <stddef.h>
 
+#include "code_products.h"
 #include "fused_products.h"
 #include "threads.h"
 
@@ -39,31 +40,55 @@ typedef struct {
 typedef struct {
   float *q, *keys, *values, *scores, *out, *peak, *total, *decay, *mask, *work; /* total: LANES partial ones a row */
   float *exact_q, *exact_scores; /* as doubles, for float32 queries */
+  code_queries code_q;
+  code_weights code_w;
+  float *rows; /* of a tile's codes */
 } memory;
 
 static size_t aligned(size_t n) { return (n + 15) / 16 * 16; }
 
+static size_t larger_size(size_t a, size_t b) { return a > b ? a : b; }
+
 /* Parts a piece's memory; the size needed when `start` is NULL. */
 static size_t part_memory(const plan *p, float *start, memory *m) {
   const call *c = p->c;
-  const size_t rows = (size_t)(p->rows < MOST_ROWS ? p->rows : MOST_ROWS), value_dim = (size_t)c->values.dim;
+  const size_t rows = (size_t)(p->rows < MOST_ROWS ? p->rows : MOST_ROWS), dim = (size_t)p->dim;
+  const size_t value_dim = (size_t)c->values.dim, most_dim = larger_size(dim, value_dim);
   const size_t key_groups = (size_t)(c->keys.dim / c->keys.group_size);
-  const size_t value_groups = value_dim / (size_t)c->values.group_size;
-  const size_t key_work = ((size_t)(c->keys.dim * c->keys.bits / 32) + 4 * key_groups) * TILE;
-  const size_t value_work = 4 * value_groups * TILE;
-  size_t work = key_work > value_work ? key_work : value_work;
-  if (work < (size_t)p->dim + TILE) work = (size_t)p->dim + TILE;
-  const size_t exact_dim = c->type == FLOAT32 ? (size_t)p->dim : 0;
-  const size_t sizes[] = {rows * (size_t)p->dim, (size_t)p->dim * TILE, value_dim * TILE, rows * TILE,
-                          rows * value_dim,      rows,                  rows * LANES,     rows,
-                          TILE,                  work,
-                          2 * rows * exact_dim,  exact_dim ? 2 * rows * TILE : 0};
-  float **parts[] = {&m->q, &m->keys, &m->values, &m->scores, &m->out, &m->peak, &m->total, &m->decay, &m->mask,
-                     &m->work, &m->exact_q, &m->exact_scores};
+  const size_t most_groups = larger_size(key_groups, value_dim / (size_t)c->values.group_size);
+  const size_t work = (most_dim / 4 + 5 * most_groups) * TILE + most_dim + TILE;
+  const size_t exact_dim = c->type == FLOAT32 ? dim : 0;
+  const struct {
+    void *part;
+    size_t size;
+  } parts[] = {
+    {&m->q, rows * dim},
+    {&m->keys, dim * TILE},
+    {&m->values, value_dim * TILE},
+    {&m->scores, rows * TILE},
+    {&m->out, rows * value_dim},
+    {&m->peak, rows},
+    {&m->total, rows * LANES},
+    {&m->decay, rows},
+    {&m->mask, TILE},
+    {&m->work, work},
+    {&m->exact_q, 2 * rows * exact_dim},
+    {&m->exact_scores, exact_dim ? 2 * rows * TILE : 0},
+    {&m->rows, most_dim / 4 * TILE},
+    {&m->code_q.digits, rows * dim},
+    {&m->code_q.steps, rows * key_groups},
+    {&m->code_q.sums, rows * key_groups},
+    {&m->code_q.digit_sums, 4 * rows * key_groups},
+    {&m->code_w.digits, rows * TILE},
+    {&m->code_w.steps, rows},
+    {&m->code_w.sums, rows},
+    {&m->code_w.zeros, 4 * rows},
+  };
   size_t used = 0;
-  for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
-    if (start) *parts[i] = start + used;
-    used += aligned(sizes[i]);
+  for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
+    float *const part = start + used;
+    if (start) memcpy(parts[i].part, &part, sizeof part);
+    used += aligned(parts[i].size);
   }
   return used;
 }
@@ -161,41 +186,91 @@ static int soften_scores(long rows, float *scores, float *peak, float *total, fl
   return 1;
 }
 
+/* How a piece is computed: on codes, or on unpacked numbers, unpacked within the products or before. */
+typedef struct {
+  int digits; /* of numbers that codes are multiplied with; three make up for a float32 */
+  int code_keys, code_values, fuse_keys, fuse_values;
+} method;
+
+static method method_of(const plan *p, long rows) {
+  const int exact = p->c->type == FLOAT32;
+  method h = {.digits = exact ? 3 : 2, .code_keys = can_use_codes(&p->keys), .code_values = can_use_codes(&p->values)};
+  h.fuse_keys = !h.code_keys && !exact && !p->c->rope_dim && can_fuse(&p->keys, rows, exact);
+  h.fuse_values = !h.code_values && can_fuse(&p->values, rows, exact);
+  return h;
+}
+
+static void prepare_queries(const plan *p, const piece *w, method h, const memory *m) {
+  load_queries(p, w, m->q);
+  if (p->c->type == FLOAT32) widen(m->q, w->rows * p->dim, (double *)m->exact_q);
+  if (h.code_keys) prepare_code_queries(h.digits, &p->keys, m->q, p->dim, w->rows, m->work, &m->code_q);
+  if (h.fuse_keys) prepare_fused_queries(&p->keys, m->q, w->rows, m->keys); /* no tile of keys needs that memory */
+}
+
+/* Scores of dimensions from `d` on, of keys as floats. */
+static void score_floats(const plan *p, const piece *w, const memory *m, long d) {
+  const float *keys = m->keys + d * TILE;
+  if (p->c->type == FLOAT32) {
+    const double *q = (double *)m->exact_q + d;
+    exact_score_tile(w->rows, q, p->dim, p->dim - d, keys, (double *)m->exact_scores, m->scores);
+  } else {
+    score_tile(w->rows, m->q + d, p->dim, p->dim - d, keys, m->scores);
+  }
+}
+
+static void score_keys(const plan *p, const piece *w, method h, const memory *m, long first, long count) {
+  const call *c = p->c;
+  if (h.fuse_keys) {
+    fused_score_tile(w->rows, &p->keys, w->sequence, w->kv_head, first, count, m->work, m->keys, m->scores);
+    return;
+  }
+  if (c->rope_dim) load_rope_keys(p, w, first, count, m->work, m->keys + c->keys.dim * TILE);
+  if (!h.code_keys) {
+    unpack_keys(&p->keys, w->sequence, w->kv_head, first, count, m->work, m->keys);
+    score_floats(p, w, m, 0);
+    return;
+  }
+  if (c->rope_dim) {
+    score_floats(p, w, m, c->keys.dim);
+  } else {
+    memset(m->scores, 0, (size_t)(w->rows * TILE) * sizeof *m->scores);
+  }
+  uint32_t *codes = (uint32_t *)m->keys;
+  load_key_codes(&p->keys, w->sequence, w->kv_head, first, count, (uint32_t *)m->work, (uint8_t *)m->rows, codes);
+  const code_scales k = load_code_scales(h.digits, &p->keys, w->sequence, w->kv_head, first, count, m->work);
+  code_score_tile(h.digits, w->rows, &p->keys, codes, &k, m->code_q, m->scores);
+}
+
+static void add_values(const plan *p, const piece *w, method h, const memory *m, long first, long count) {
+  if (h.code_values) {
+    uint32_t *codes = (uint32_t *)m->values;
+    uint8_t *rows = (uint8_t *)m->rows, *wide = (uint8_t *)m->work;
+    load_value_codes(&p->values, w->sequence, w->kv_head, first, count, rows, wide, codes);
+    const code_scales k = load_code_scales(h.digits, &p->values, w->sequence, w->kv_head, first, count, m->work);
+    code_output_tile(h.digits, w->rows, &p->values, codes, &k, m->scores, m->decay, &m->code_w, m->out);
+  } else if (h.fuse_values) {
+    fused_output_tile(p->c->type == FLOAT32, w->rows, &p->values, w->sequence, w->kv_head, first, count, m->work,
+                      m->values, m->scores, m->decay, m->out);
+  } else {
+    unpack_values(&p->values, w->sequence, w->kv_head, first, count, m->work, m->values);
+    output_tile(w->rows, m->scores, m->decay, m->values, p->c->values.dim, count, m->out);
+  }
+}
+
 static void attend_piece(const plan *p, const piece *w, const memory *m) {
   const call *c = p->c;
-  const long value_dim = c->values.dim;
-  const int exact = c->type == FLOAT32;
-  const int fuse_keys = !exact && !c->rope_dim && can_fuse(&p->keys, w->rows, exact);
-  const int fuse_values = can_fuse(&p->values, w->rows, exact);
-  load_queries(p, w, m->q);
-  if (exact) widen(m->q, w->rows * p->dim, (double *)m->exact_q);
-  if (fuse_keys) prepare_fused_queries(&p->keys, m->q, w->rows, m->keys); /* no tile of keys needs that memory */
-  memset(m->out, 0, (size_t)(w->rows * value_dim) * sizeof *m->out);
+  const method h = method_of(p, w->rows);
+  prepare_queries(p, w, h, m);
+  memset(m->out, 0, (size_t)(w->rows * c->values.dim) * sizeof *m->out);
   memset(m->total, 0, (size_t)w->rows * LANES * sizeof *m->total);
   for (long r = 0; r < w->rows; r++) m->peak[r] = -INFINITY;
   for (long first = w->first_key; first < w->end_key; first += TILE) {
     const long count = w->end_key - first < TILE ? w->end_key - first : TILE;
-    if (fuse_keys) {
-      fused_score_tile(w->rows, &p->keys, w->sequence, w->kv_head, first, count, m->work, m->keys, m->scores);
-    } else {
-      unpack_keys(&p->keys, w->sequence, w->kv_head, first, count, m->work, m->keys);
-      if (c->rope_dim) load_rope_keys(p, w, first, count, m->work, m->keys + c->keys.dim * TILE);
-      if (exact) {
-        exact_score_tile(w->rows, (double *)m->exact_q, p->dim, p->dim, m->keys, (double *)m->exact_scores, m->scores);
-      } else {
-        score_tile(w->rows, m->q, p->dim, p->dim, m->keys, m->scores);
-      }
-    }
+    score_keys(p, w, h, m, first, count);
     if (c->mask_kind != NO_MASK || count < TILE) mask_scores(p, w, first, count, m->mask, m->scores);
-    if (!soften_scores(w->rows, m->scores, m->peak, m->total, m->decay)) continue;
-    if (fuse_values) {
-      fused_output_tile(exact, w->rows, &p->values, w->sequence, w->kv_head, first, count, m->work, m->values,
-                        m->scores, m->decay, m->out);
-    } else {
-      unpack_values(&p->values, w->sequence, w->kv_head, first, count, m->work, m->values);
-      output_tile(w->rows, m->scores, m->decay, m->values, value_dim, count, m->out);
-    }
+    if (soften_scores(w->rows, m->scores, m->peak, m->total, m->decay)) add_values(p, w, h, m, first, count);
   }
+  if (h.code_values) order_values(&p->values, w->rows, m->out, m->work);
 }
 
 /* Divides a row by its total, with the head's sink in it, and writes it. A row without a key gives zeros. */

@@ -59,7 +59,10 @@ static int type_size(int type) { return type == FLOAT32 ? 4 : type == FLOAT16 ||
 
 static void halves_to_floats(const uint16_t *from, long n, float *restrict to) {
   long i = 0;
-#ifdef __F16C__ /* one instruction for eight */
+#if LANES == 16 /* one instruction for as many */
+  for (; i + 16 <= n; i += 16) store(to + i, (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(from + i))));
+#endif
+#ifdef __F16C__
   typedef short halves __attribute__((vector_size(16)));
   typedef float floats __attribute__((vector_size(32)));
   for (; i + 8 <= n; i += 8) {

@@ -1,4 +1,4 @@
-/* A pool of threads that are kept between calls and sleep while there is nothing to do.
+/* A pool of threads that are kept between calls. With nothing to do they look for work a short while, and then sleep.
 
    One caller at a time has the pool; another that finds it taken runs its job alone. A child process made by fork
    starts with an empty pool. */
@@ -7,8 +7,10 @@
 
 #include <pthread.h>
 #include <stdlib.h>
+#include <time.h>
 
-enum { MOST_THREADS = 256 };
+/* Nanoseconds: a few times what it takes to fall asleep and be woken, or the calls of a layer to follow each other. */
+enum { MOST_THREADS = 256, LONGEST_SPIN = 50000 };
 
 /* memory: the worker's own, of the size the job asked for. */
 typedef void (*task)(void *job, long item, float *memory);
@@ -69,19 +71,59 @@ static void run_items(job *j, float *memory) {
   }
 }
 
+static void rest(void) {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  __asm__ volatile("yield");
+#endif
+}
+
+static int is_idle(unsigned long last) {
+  (void)last;
+  return __atomic_load_n(&pool.active, __ATOMIC_ACQUIRE) == 0;
+}
+
+static int has_new_job(unsigned long last) { return __atomic_load_n(&pool.jobs, __ATOMIC_ACQUIRE) != last; }
+
+/* Looks whether the pool `is_so` until it is, or it takes too long. */
+static void spin(int (*is_so)(unsigned long last), unsigned long last) {
+  struct timespec now;
+  clock_gettime(CLOCK_MONOTONIC, &now);
+  const int64_t start = now.tv_sec * 1000000000LL + now.tv_nsec;
+  do {
+    for (int i = 0; i < 16; i++) {
+      if (is_so(last)) return;
+      rest();
+    }
+    clock_gettime(CLOCK_MONOTONIC, &now);
+  } while (now.tv_sec * 1000000000LL + now.tv_nsec - start < LONGEST_SPIN);
+}
+
+/* The lock is held for moments: waiting for it asleep would take longer. */
+static void take_lock(void) {
+  for (int i = 0; i < 100; i++) {
+    if (!pthread_mutex_trylock(&pool.lock)) return;
+    rest();
+  }
+  pthread_mutex_lock(&pool.lock);
+}
+
 static void *worker(void *argument) {
   const int index = (int)(intptr_t)argument;
   unsigned long last = 0;
-  pthread_mutex_lock(&pool.lock);
   for (;;) {
+    spin(has_new_job, last);
+    take_lock();
     while (!pool.current || pool.jobs == last) pthread_cond_wait(&pool.wake, &pool.lock);
     job *j = pool.current;
     last = pool.jobs;
-    pool.active++;
+    __atomic_add_fetch(&pool.active, 1, __ATOMIC_RELAXED);
     pthread_mutex_unlock(&pool.lock);
     run_items(j, worker_memory(index, j->memory));
-    pthread_mutex_lock(&pool.lock);
-    if (--pool.active == 0) pthread_cond_signal(&pool.idle);
+    take_lock();
+    if (__atomic_sub_fetch(&pool.active, 1, __ATOMIC_RELEASE) == 0) pthread_cond_signal(&pool.idle);
+    pthread_mutex_unlock(&pool.lock);
   }
   return NULL;
 }
@@ -115,14 +157,17 @@ static int run_job(job *j, int threads) {
     run_items(j, worker_memory(0, j->memory));
   } else {
     start_threads(threads);
-    pthread_mutex_lock(&pool.lock);
+    take_lock();
     pool.current = j;
-    pool.jobs++;
+    __atomic_add_fetch(&pool.jobs, 1, __ATOMIC_RELEASE);
     pthread_cond_broadcast(&pool.wake);
     pthread_mutex_unlock(&pool.lock);
     run_items(j, worker_memory(0, j->memory));
-    pthread_mutex_lock(&pool.lock);
+    take_lock();
     pool.current = NULL; /* whoever wakes up only now has nothing to do */
+    pthread_mutex_unlock(&pool.lock);
+    spin(is_idle, 0);
+    take_lock();
     while (pool.active) pthread_cond_wait(&pool.idle, &pool.lock);
     pthread_mutex_unlock(&pool.lock);
   }

@@ -5,6 +5,9 @@
 
 #include <stdint.h>
 #include <string.h>
+#ifdef __SSE__
+#include <immintrin.h>
+#endif
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
 #define LANES 16
@@ -39,13 +42,24 @@ INLINE vu load_words(const uint32_t *p) {
 
 INLINE void store(float *p, vf v) { memcpy(p, &v, sizeof v); }
 
+INLINE void store_words(uint32_t *p, vu v) { memcpy(p, &v, sizeof v); }
+
 INLINE vf splat(float x) { return x - (vf){0}; }
 
 INLINE vf to_float(vu v) { return __builtin_convertvector((vi)v, vf); }
 
+/* b where a is not a number. */
 INLINE vf larger(vf a, vf b) {
+#if LANES == 16
+  return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif LANES == 8
+  return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#elif defined(__SSE__)
+  return (vf)_mm_max_ps((__m128)a, (__m128)b);
+#else
   const vi first = a > b;
   return (vf)(((vi)a & first) | ((vi)b & ~first));
+#endif
 }
 
 /* Keeps v in a register: compilers like to read it from memory again at each use, and the loads are the bottleneck. */
