@@ -11,37 +11,48 @@ inline int64_t offset_in_mask(
 
 // The two products of attention, on fragments.
 //
-// Scores: queries (rows x dims) times keys (dims x keys). A contraction may be permuted freely, so a chunk of 64 dims is
-// eight fragments, where fragment e takes number e of each of eight packs: a lane dequantizes one pack of each of its
-// two keys, and reads 16 consecutive numbers of its query row.
+// Both may permute freely what they run over, so that a lane reads whole packs: PACKS neighbours of a row, which are in
+// one group.
 //
-// Output: weights (rows x keys) times values (keys x dims). The columns may be permuted too: of a chunk of 32 dims, a
-// lane dequantizes one pack of its key, which is its part of four fragments, and ends with 8 consecutive numbers of its
-// output row.
+// Scores: queries (rows x dims) times keys (dims x keys). Of a chunk of 64 PACKS dims a lane dequantizes PACKS packs of
+// each of its two keys, and reads 16 PACKS consecutive numbers of its query row. Fragment e of 8 PACKS takes number e of
+// each lane's run.
+//
+// Output: weights (rows x keys) times values (keys x dims). Of a chunk of 32 PACKS dims, a lane dequantizes PACKS packs of
+// its key, which are its part of 4 PACKS fragments, and ends with 8 PACKS consecutive numbers of its output row.
 
-// Numbers `pack` and `pack + 1` of a row of plain floats; zeros past its end.
-template <int DIM, typename Row>
-inline void load_query(Row row, int pack, thread float* q) {
+template <int DIM>
+constexpr int packs_of_lane() {
+  return DIM % 128 == 0 ? 2 : 1;
+}
+
+// COUNT numbers of a row of DIM plain ones that begins at `row`, from number `first` on; zeros past its end.
+template <int DIM, int COUNT, typename Rows>
+inline void load_numbers(Rows rows, uint row, uint first, thread float* numbers) {
+  const auto run = rows + (row + first);
   MLX_MTL_PRAGMA_UNROLL
-  for (int i = 0; i < 16; i++) {
-    q[i] = (DIM % 64 == 0 || pack + i / 8 < DIM / 8) ? float(row[8 * pack + i]) : 0.0f;
+  for (int i = 0; i < COUNT; i++) {
+    numbers[i] = (DIM % 64 == 0 || first + i < DIM) ? float(run[i]) : 0.0f;
   }
 }
 
-// scores += queries keys^T over one chunk, for one tile of 8 rows and one of 8 keys. `k`: 8 numbers of each of two keys.
+// scores += queries keys^T over one chunk, for one tile of 8 rows and one of 8 keys. `q`: two runs of COUNT numbers of a
+// row; `k`: one of each of two keys.
+template <int COUNT>
 inline void add_scores(thread float2& scores, const thread float* q, const thread float* k0, const thread float* k1) {
   MLX_MTL_PRAGMA_UNROLL
-  for (int e = 0; e < 8; e++) {
-    multiply_accumulate(scores, float2(q[e], q[8 + e]), float2(k0[e], k1[e]));
+  for (int e = 0; e < COUNT; e++) {
+    multiply_accumulate(scores, float2(q[e], q[COUNT + e]), float2(k0[e], k1[e]));
   }
 }
 
-// out += weights values for one tile of 8 keys, of which this lane has the one whose row is given, over CHUNKS chunks of
-// 32 dims from `first_chunk` on.
+// out += weights values for one tile of 8 keys, of which this lane has the one that lies at `row`, over CHUNKS chunks of
+// 32 PACKS dims from `first_chunk` on.
 template <
     int MODE,
     int BITS,
     int GROUP,
+    int PACKS,
     int ALL_CHUNKS,
     int ROW_TILES,
     int CHUNKS,
@@ -51,6 +62,7 @@ inline void add_values(
     Codes codes,
     Scales scales,
     Scales biases,
+    RowOffsets row,
     int first_chunk,
     FragmentPosition at,
     const thread float2* weights,
@@ -58,13 +70,15 @@ inline void add_values(
   MLX_MTL_PRAGMA_UNROLL
   for (int c = 0; c < CHUNKS; c++) {
     if (first_chunk + c < ALL_CHUNKS) {
-      float numbers[8];
-      dequantize_pack<MODE, BITS, GROUP>(codes, scales, biases, 4 * (first_chunk + c) + at.column / 2, numbers);
+      float numbers[8 * PACKS];
+      const uint pack = PACKS * (4 * (first_chunk + c) + at.column / 2);
+      dequantize<MODE, BITS, GROUP, PACKS>(codes, scales, biases, row, pack, numbers);
       MLX_MTL_PRAGMA_UNROLL
-      for (int e = 0; e < 4; e++) {
+      for (int e = 0; e < 4 * PACKS; e++) {
         MLX_MTL_PRAGMA_UNROLL
         for (int r = 0; r < ROW_TILES; r++) {
-          multiply_accumulate(out[r * 4 * CHUNKS + 4 * c + e], weights[r], float2(numbers[2 * e], numbers[2 * e + 1]));
+          multiply_accumulate(
+              out[4 * PACKS * (r * CHUNKS + c) + e], weights[r], float2(numbers[2 * e], numbers[2 * e + 1]));
         }
       }
     }

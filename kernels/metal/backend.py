@@ -174,7 +174,7 @@ def _decode_kernel(family: Family, split: bool) -> Callable[..., list[mx.array]]
         input_names=_input_names(family.signature, split),
         output_names=["partials", "stats"] if split else ["output"],
         header=sources.decode_header(family.signature, split),
-        source=sources.decode_body(family.kind is Kind.FEW_ROWS),
+        source=sources.decode_body(family.kind),
         ensure_row_contiguous=False,
     )
 

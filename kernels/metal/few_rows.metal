@@ -1,21 +1,29 @@
   // Attention of up to 4 rows, too few to fill 8x8 matrices, with ordinary multiply-adds. A lane multiplies packs of the
   // same keys as in matrix.metal; folding the sums over lanes leaves each lane with the scores of one key of the tile.
-  // Then LANES lanes share a key's values, a pack each.
+  // Then LANES lanes share a key's values, a pack or two each; where they do not divide 32, the last lanes do the work of
+  // others for nothing.
   constexpr int KEY_TILES = 4;
-  constexpr int LANES = VALUE_DIM / 8;
+  constexpr int KEY_PACKS = ROWS <= 2 ? packs_of_lane<KEY_DIM>() : 1;
+  constexpr int KEY_RUN = 8 * KEY_PACKS;  // numbers of a key that a lane has at a time
+  constexpr int VALUE_PACKS = VALUE_DIM > 256 ? 2 : 1;
+  constexpr int VALUE_RUN = 8 * VALUE_PACKS;
+  constexpr int LANES = VALUE_DIM / VALUE_RUN;
   constexpr int KEYS_AT_ONCE = 32 / LANES;
-  static_assert(TILE == 8 * KEY_TILES, "a lane has one key of a tile");
+  constexpr int READS = TILE / KEYS_AT_ONCE < 4 ? TILE / KEYS_AT_ONCE : 4;  // of values, under way at a time
+  static_assert(TILE == 8 * KEY_TILES && TILE % KEYS_AT_ONCE == 0, "a lane has one key of a tile");
 
   threadgroup float weights[SIMDGROUPS * TILE * ROWS];
-  threadgroup float outputs[SIMDGROUPS * ROWS * 256];
+  threadgroup float outputs[SIMDGROUPS * 32 * VALUE_RUN];
   threadgroup float peaks[SIMDGROUPS * ROWS];
   threadgroup float totals[SIMDGROUPS * ROWS];
 
   const int64_t first_output_row = (int64_t(batch) * query_heads + kv_head * group) * length;
+  const auto head_queries = queries + first_output_row * KEY_DIM;
 #if HAS_MASK
   const int64_t mask_key_stride = mask_shape[3] == 1 ? 0 : mask_strides[3];
 #endif
-  float out[ROWS][8];
+  const int own_key = min(lane / LANES, KEYS_AT_ONCE - 1);
+  float out[ROWS][VALUE_RUN];
   float peak[ROWS];
   float total[ROWS];
   MLX_MTL_PRAGMA_UNROLL
@@ -23,7 +31,7 @@
     peak[r] = Limits<float>::finite_min;
     total[r] = 0.0f;
     MLX_MTL_PRAGMA_UNROLL
-    for (int e = 0; e < 8; e++) {
+    for (int e = 0; e < VALUE_RUN; e++) {
       out[r][e] = 0.0f;
     }
   }
@@ -35,28 +43,25 @@
     for (int i = 0; i < 2 * KEY_TILES * ROWS; i++) {
       scores[i] = 0.0f;
     }
-    for (int chunk = 0; chunk < (KEY_DIM + 63) / 64; chunk++) {
-      const int pack = 8 * chunk + at.row;
+    const RowOffsets key_row = offsets_of_key(tile - begin + at.column, key_strides);
+    for (int chunk = 0; chunk < (KEY_DIM + 8 * KEY_RUN - 1) / (8 * KEY_RUN); chunk++) {
+      const uint pack = KEY_PACKS * (8 * chunk + at.row);
       if (KEY_DIM % 64 == 0 || pack < KEY_DIM / 8) {
-        float q[ROWS][8];
+        float q[ROWS][KEY_RUN];
         MLX_MTL_PRAGMA_UNROLL
         for (int r = 0; r < ROWS; r++) {
-          MLX_MTL_PRAGMA_UNROLL
-          for (int e = 0; e < 8; e++) {
-            q[r][e] = float(queries[(first_output_row + r) * KEY_DIM + 8 * pack + e]);
-          }
+          load_numbers<KEY_DIM, KEY_RUN>(head_queries, r * KEY_DIM, 8 * pack, q[r]);
         }
         MLX_MTL_PRAGMA_UNROLL
         for (int i = 0; i < 2 * KEY_TILES; i++) {
-          const int64_t key = min(tile + 8 * (i % KEY_TILES) + at.column + i / KEY_TILES, count - 1);
-          float numbers[8];
-          dequantize_pack<KEY_MODE, KEY_BITS, KEY_GROUP>(
-              key_codes_head + key * key_codes_strides[2], key_scales_head + key * key_scales_strides[2],
-              key_biases_head + key * key_biases_strides[2], pack, numbers);
+          const RowOffsets row = offsets_ahead(key_row, 8 * (i % KEY_TILES) + i / KEY_TILES, key_strides, last_key);
+          float numbers[KEY_RUN];
+          dequantize<KEY_MODE, KEY_BITS, KEY_GROUP, KEY_PACKS>(
+              key_codes_head, key_scales_head, key_biases_head, row, pack, numbers);
           MLX_MTL_PRAGMA_UNROLL
           for (int r = 0; r < ROWS; r++) {
             MLX_MTL_PRAGMA_UNROLL
-            for (int e = 0; e < 8; e++) {
+            for (int e = 0; e < KEY_RUN; e++) {
               scores[i * ROWS + r] = fma(q[r][e], numbers[e], scores[i * ROWS + r]);
             }
           }
@@ -99,7 +104,7 @@
         peak[r] = new_peak;
         total[r] *= decay;
         MLX_MTL_PRAGMA_UNROLL
-        for (int e = 0; e < 8; e++) {
+        for (int e = 0; e < VALUE_RUN; e++) {
           out[r][e] *= decay;
         }
       }
@@ -112,19 +117,28 @@
     }
     simdgroup_barrier(mem_flags::mem_threadgroup);
 
-    for (int first = 0; first < min(TILE, end - tile); first += KEYS_AT_ONCE) {
-      const int k = first + lane / LANES;
-      const int64_t value_key = min(tile + k, count - 1);
-      float numbers[8];
-      dequantize_pack<VALUE_MODE, VALUE_BITS, VALUE_GROUP>(
-          value_codes_head + value_key * value_codes_strides[2], value_scales_head + value_key * value_scales_strides[2],
-          value_biases_head + value_key * value_biases_strides[2], lane % LANES, numbers);
+    // Keys past the last have no weight.
+    RowOffsets value_row = offsets_of_key(tile - begin + own_key, value_strides);
+    for (int first = 0; first < TILE; first += READS * KEYS_AT_ONCE) {
+      PackedRun<VALUE_PACKS> runs[READS];
       MLX_MTL_PRAGMA_UNROLL
-      for (int r = 0; r < ROWS; r++) {
-        const float weight = weights[(simd_gid * TILE + k) * ROWS + r];
+      for (int i = 0; i < READS; i++) {
+        runs[i] = load_run<VALUE_MODE, VALUE_BITS, VALUE_GROUP, VALUE_PACKS>(
+            value_codes_head, value_scales_head, value_biases_head,
+            offsets_ahead(value_row, i * KEYS_AT_ONCE, value_strides, last_value), VALUE_PACKS * (lane % LANES));
+      }
+      value_row = offsets_ahead(value_row, READS * KEYS_AT_ONCE, value_strides, last_value);
+      MLX_MTL_PRAGMA_UNROLL
+      for (int i = 0; i < READS; i++) {
+        float numbers[VALUE_RUN];
+        dequantize<VALUE_MODE, VALUE_BITS>(runs[i], numbers);
         MLX_MTL_PRAGMA_UNROLL
-        for (int e = 0; e < 8; e++) {
-          out[r][e] = fma(weight, numbers[e], out[r][e]);
+        for (int r = 0; r < ROWS; r++) {
+          const float weight = weights[(simd_gid * TILE + first + i * KEYS_AT_ONCE + own_key) * ROWS + r];
+          MLX_MTL_PRAGMA_UNROLL
+          for (int e = 0; e < VALUE_RUN; e++) {
+            out[r][e] = fma(weight, numbers[e], out[r][e]);
+          }
         }
       }
     }
@@ -139,13 +153,14 @@
       peaks[simd_gid * ROWS + r] = peak[r];
       totals[simd_gid * ROWS + r] = total[r];
     }
-    MLX_MTL_PRAGMA_UNROLL
-    for (int e = 0; e < 8; e++) {
-      outputs[(simd_gid * ROWS + r) * 256 + 8 * lane + e] = out[r][e];
-    }
   }
-  threadgroup_barrier(mem_flags::mem_threadgroup);
+  MLX_MTL_PRAGMA_UNROLL
   for (int r = 0; r < ROWS; r++) {
+    MLX_MTL_PRAGMA_UNROLL
+    for (int e = 0; e < VALUE_RUN; e++) {
+      outputs[(simd_gid * 32 + lane) * VALUE_RUN + e] = out[r][e];
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
     float common = Limits<float>::finite_min;
     for (int s = 0; s < SIMDGROUPS; s++) {
       common = max(common, peaks[s * ROWS + r]);
@@ -173,7 +188,7 @@
       for (int s = 0; s < SIMDGROUPS; s++) {
         float own = 0.0f;
         for (int k = 0; k < KEYS_AT_ONCE; k++) {
-          own += outputs[(s * ROWS + r) * 256 + k * VALUE_DIM + i];
+          own += outputs[s * 32 * VALUE_RUN + k * VALUE_DIM + i];
         }
         merged += own * fast::exp(peaks[s * ROWS + r] - common);
       }
@@ -183,4 +198,5 @@
       output[(first_output_row + r) * VALUE_DIM + i] = T(merged * inverse);
 #endif
     }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
   }

@@ -3,11 +3,18 @@
   // out over the simdgroups, which exchange their weights at each tile.
   constexpr int ROW_TILES = ROWS / 8;
   constexpr int KEY_TILES = TILE / 8;
-  constexpr int VALUE_CHUNKS = VALUE_DIM / 32;
-  constexpr int CHUNKS = TEAM ? (VALUE_CHUNKS + SIMDGROUPS - 1) / SIMDGROUPS : VALUE_CHUNKS;  // of one simdgroup
+  constexpr int KEY_PACKS = packs_of_lane<KEY_DIM>();
+  constexpr int KEY_RUN = 8 * KEY_PACKS;  // numbers of a key that a lane has at a time
+  constexpr int SLICES = TEAM ? (VALUE_DIM / 32 + SIMDGROUPS - 1) / SIMDGROUPS : VALUE_DIM / 32;  // 32 dims, of a simdgroup
+  constexpr int VALUE_PACKS = VALUE_DIM % 64 == 0 && SLICES % 2 == 0 ? 2 : 1;
+  constexpr int VALUE_RUN = 8 * VALUE_PACKS;
+  constexpr int VALUE_CHUNKS = VALUE_DIM / (32 * VALUE_PACKS);
+  constexpr int CHUNKS = SLICES / VALUE_PACKS;  // of one simdgroup
+  constexpr int FRAGMENTS = 4 * VALUE_PACKS * CHUNKS;  // of its output, for each tile of rows
   constexpr int WEIGHT_FRAGMENTS = TEAM ? SIMDGROUPS * KEY_TILES * ROW_TILES : 1;
-  constexpr int UNITS = 2;  // chunks of output merged at a time
-  constexpr int SHARED = TEAM ? WEIGHT_FRAGMENTS * 64 : SIMDGROUPS * UNITS * 256;
+  constexpr int UNITS = 2 / VALUE_PACKS;  // chunks of output merged at a time
+  constexpr int UNIT = 256 * VALUE_PACKS;
+  constexpr int SHARED = TEAM ? WEIGHT_FRAGMENTS * 64 : SIMDGROUPS * UNITS * UNIT;
 
   constexpr int STEP = SIMDGROUPS * TILE;
   threadgroup float shared[SHARED];
@@ -15,7 +22,8 @@
   threadgroup float totals[SIMDGROUPS * ROWS];
 
   // Rows past the last are computed as copies of it and not stored.
-  int64_t row_of_output[ROW_TILES];
+  const uint first_head_row = (uint(batch) * query_heads + kv_head * group) * length;  // of queries and output
+  uint row_of_head[ROW_TILES];
   int position[ROW_TILES];
 #if HAS_MASK
   int64_t mask_offset[ROW_TILES];
@@ -25,14 +33,21 @@
   for (int r = 0; r < ROW_TILES; r++) {
     const int row = min(first_row + 8 * r + at.row, row_count - 1);
     position[r] = row % length;
-    row_of_output[r] = (int64_t(batch) * query_heads + kv_head * group) * length + row;
+    row_of_head[r] = row;
 #if HAS_MASK
     const int head = kv_head * group + row / length;
     mask_offset[r] = offset_in_mask(mask_shape, mask_strides, batch, head, position[r]);
 #endif
   }
 
-  float2 out[ROW_TILES * 4 * CHUNKS];
+  const auto head_queries = queries + int64_t(first_head_row) * KEY_DIM;
+#if HAS_ROPE
+  const auto head_rope_queries = rope_queries + int64_t(first_head_row) * ROPE_DIM;
+  const auto head_rope_keys = rope_keys + batch * rope_keys_strides[0] + begin * rope_keys_strides[2];
+  const uint rope_key_stride = rope_keys_strides[2];
+#endif
+
+  float2 out[ROW_TILES * FRAGMENTS];
   float peak[ROW_TILES];
   float total[ROW_TILES];
   MLX_MTL_PRAGMA_UNROLL
@@ -40,8 +55,8 @@
     peak[r] = Limits<float>::finite_min;
     total[r] = 0.0f;
     MLX_MTL_PRAGMA_UNROLL
-    for (int i = 0; i < 4 * CHUNKS; i++) {
-      out[r * 4 * CHUNKS + i] = float2(0.0f);
+    for (int i = 0; i < FRAGMENTS; i++) {
+      out[r * FRAGMENTS + i] = float2(0.0f);
     }
   }
 
@@ -60,31 +75,32 @@
         scores[r][k] = float2(0.0f);
       }
     }
-    for (int chunk = 0; chunk < (KEY_DIM + 63) / 64; chunk++) {
-      const int pack = 8 * chunk + at.row;
-      float q[KEY_TILES > 1 ? ROW_TILES : 1][16];  // read once for several tiles of keys
+    const RowOffsets key_row = offsets_of_key(tile - begin + at.column, key_strides);
+    for (int chunk = 0; chunk < (KEY_DIM + 8 * KEY_RUN - 1) / (8 * KEY_RUN); chunk++) {
+      const uint pack = KEY_PACKS * (8 * chunk + at.row);
+      const uint first_number = KEY_RUN * (8 * chunk + at.column);
+      float q[KEY_TILES > 1 ? ROW_TILES : 1][2 * KEY_RUN];  // read once for several tiles of keys
       MLX_MTL_PRAGMA_UNROLL
       for (int r = 0; r < (KEY_TILES > 1 ? ROW_TILES : 0); r++) {
-        load_query<KEY_DIM>(queries + row_of_output[r] * KEY_DIM, 8 * chunk + at.column, q[r]);
+        load_numbers<KEY_DIM, 2 * KEY_RUN>(head_queries, row_of_head[r] * KEY_DIM, first_number, q[r]);
       }
       MLX_MTL_PRAGMA_UNROLL
       for (int k = 0; k < KEY_TILES; k++) {
-        float numbers[2][8] = {};
+        float numbers[2][KEY_RUN] = {};
         MLX_MTL_PRAGMA_UNROLL
         for (int i = 0; i < 2; i++) {
-          const int64_t key = min(tile + 8 * k + at.column + i, count - 1);
           if (KEY_DIM % 64 == 0 || pack < KEY_DIM / 8) {
-            dequantize_pack<KEY_MODE, KEY_BITS, KEY_GROUP>(
-                key_codes_head + key * key_codes_strides[2], key_scales_head + key * key_scales_strides[2],
-                key_biases_head + key * key_biases_strides[2], pack, numbers[i]);
+            dequantize<KEY_MODE, KEY_BITS, KEY_GROUP, KEY_PACKS>(
+                key_codes_head, key_scales_head, key_biases_head,
+                offsets_ahead(key_row, 8 * k + i, key_strides, last_key), pack, numbers[i]);
           }
         }
         MLX_MTL_PRAGMA_UNROLL
         for (int r = 0; r < ROW_TILES; r++) {
           if (KEY_TILES == 1) {
-            load_query<KEY_DIM>(queries + row_of_output[r] * KEY_DIM, 8 * chunk + at.column, q[0]);
+            load_numbers<KEY_DIM, 2 * KEY_RUN>(head_queries, row_of_head[r] * KEY_DIM, first_number, q[0]);
           }
-          add_scores(scores[r][k], q[KEY_TILES > 1 ? r : 0], numbers[0], numbers[1]);
+          add_scores<KEY_RUN>(scores[r][k], q[KEY_TILES > 1 ? r : 0], numbers[0], numbers[1]);
         }
       }
     }
@@ -97,26 +113,19 @@
     }
 #if HAS_ROPE
     for (int chunk = 0; chunk < (ROPE_DIM + 63) / 64; chunk++) {
-      const int pack = 8 * chunk + at.row;
       MLX_MTL_PRAGMA_UNROLL
       for (int k = 0; k < KEY_TILES; k++) {
-        float numbers[2][8] = {};
+        float numbers[2][8];
         MLX_MTL_PRAGMA_UNROLL
         for (int i = 0; i < 2; i++) {
-          const int64_t key = min(tile + 8 * k + at.column + i, count - 1);
-          const auto row = rope_keys + batch * rope_keys_strides[0] + key * rope_keys_strides[2];
-          MLX_MTL_PRAGMA_UNROLL
-          for (int e = 0; e < 8; e++) {
-            if (ROPE_DIM % 64 == 0 || pack < ROPE_DIM / 8) {
-              numbers[i][e] = float(row[8 * pack + e]);
-            }
-          }
+          const uint key = min(tile + 8 * k + at.column + i, count - 1) - begin;
+          load_numbers<ROPE_DIM, 8>(head_rope_keys, key * rope_key_stride, 8 * (8 * chunk + at.row), numbers[i]);
         }
         MLX_MTL_PRAGMA_UNROLL
         for (int r = 0; r < ROW_TILES; r++) {
           float q[16];
-          load_query<ROPE_DIM>(rope_queries + row_of_output[r] * ROPE_DIM, 8 * chunk + at.column, q);
-          add_scores(scores[r][k], q, numbers[0], numbers[1]);
+          load_numbers<ROPE_DIM, 16>(head_rope_queries, row_of_head[r] * ROPE_DIM, 8 * (8 * chunk + at.column), q);
+          add_scores<8>(scores[r][k], q, numbers[0], numbers[1]);
         }
       }
     }
@@ -173,8 +182,8 @@
       peak[r] = new_peak[r];
       total[r] *= decay;
       MLX_MTL_PRAGMA_UNROLL
-      for (int i = 0; i < 4 * CHUNKS; i++) {
-        out[r * 4 * CHUNKS + i] *= decay;
+      for (int i = 0; i < FRAGMENTS; i++) {
+        out[r * FRAGMENTS + i] *= decay;
       }
       MLX_MTL_PRAGMA_UNROLL
       for (int k = 0; k < KEY_TILES; k++) {
@@ -184,6 +193,7 @@
     }
 
     // Output += weights times values.
+    const RowOffsets value_row = offsets_of_key((TEAM ? base : tile) - begin + at.row, value_strides);
     if (TEAM) {
       MLX_MTL_PRAGMA_UNROLL
       for (int r = 0; r < ROW_TILES; r++) {
@@ -203,10 +213,9 @@
           const int element = 64 * (k * ROW_TILES + r) + 8 * at.row + at.column;
           weights[r] = float2(shared[element], shared[element + 1]);
         }
-        const int64_t key = min(base + 8 * k + at.row, count - 1);
-        add_values<VALUE_MODE, VALUE_BITS, VALUE_GROUP, VALUE_CHUNKS, ROW_TILES, CHUNKS>(
-            value_codes_head + key * value_codes_strides[2], value_scales_head + key * value_scales_strides[2],
-            value_biases_head + key * value_biases_strides[2], simd_gid * CHUNKS, at, weights, out);
+        const RowOffsets row = offsets_ahead(value_row, 8 * k, value_strides, last_value);
+        add_values<VALUE_MODE, VALUE_BITS, VALUE_GROUP, VALUE_PACKS, VALUE_CHUNKS, ROW_TILES, CHUNKS>(
+            value_codes_head, value_scales_head, value_biases_head, row, simd_gid * CHUNKS, at, weights, out);
       }
     } else {
       MLX_MTL_PRAGMA_UNROLL
@@ -216,10 +225,9 @@
         for (int r = 0; r < ROW_TILES; r++) {
           weights[r] = scores[r][k];
         }
-        const int64_t key = min(tile + 8 * k + at.row, count - 1);
-        add_values<VALUE_MODE, VALUE_BITS, VALUE_GROUP, VALUE_CHUNKS, ROW_TILES, CHUNKS>(
-            value_codes_head + key * value_codes_strides[2], value_scales_head + key * value_scales_strides[2],
-            value_biases_head + key * value_biases_strides[2], 0, at, weights, out);
+        const RowOffsets row = offsets_ahead(value_row, 8 * k, value_strides, last_value);
+        add_values<VALUE_MODE, VALUE_BITS, VALUE_GROUP, VALUE_PACKS, VALUE_CHUNKS, ROW_TILES, CHUNKS>(
+            value_codes_head, value_scales_head, value_biases_head, row, 0, at, weights, out);
       }
     }
   }
@@ -251,7 +259,7 @@
     }
 #if SPLIT
     if (first_row + row < row_count && simd_gid == 0 && at.column == 0) {
-      device float* row_stats = stats + 2 * (row_of_output[r] * splits + split);
+      device float* row_stats = stats + 2 * (int64_t(first_head_row + row_of_head[r]) * splits + split);
       row_stats[0] = common;
       row_stats[1] = sum;
     }
@@ -260,8 +268,8 @@
 #endif
     const float factor = sum > 0.0f ? fast::exp(peak[r] - common) / sum : 0.0f;
     MLX_MTL_PRAGMA_UNROLL
-    for (int i = 0; i < 4 * CHUNKS; i++) {
-      out[r * 4 * CHUNKS + i] *= factor;
+    for (int i = 0; i < FRAGMENTS; i++) {
+      out[r * FRAGMENTS + i] *= factor;
     }
   }
 
@@ -277,21 +285,21 @@
   if (TEAM) {
     MLX_MTL_PRAGMA_UNROLL
     for (int r = 0; r < ROW_TILES; r++) {
+      const auto row_destination = destination + int64_t(first_head_row + row_of_head[r]) * row_stride;
       MLX_MTL_PRAGMA_UNROLL
       for (int c = 0; c < CHUNKS; c++) {
         const int chunk = simd_gid * CHUNKS + c;
         if (chunk < VALUE_CHUNKS && first_row + 8 * r + at.row < row_count) {
           MLX_MTL_PRAGMA_UNROLL
-          for (int e = 0; e < 8; e++) {
-            destination[row_of_output[r] * row_stride + 32 * chunk + 4 * at.column + e] =
-                Output(out[r * 4 * CHUNKS + 4 * c + e / 2][e % 2]);
+          for (int e = 0; e < VALUE_RUN; e++) {
+            row_destination[VALUE_PACKS * (32 * chunk + 4 * at.column) + e] =
+                Output(out[r * FRAGMENTS + 4 * VALUE_PACKS * c + e / 2][e % 2]);
           }
         }
       }
     }
     return;
   }
-  const int64_t first_output_row = (int64_t(batch) * query_heads + kv_head * group) * length + first_row;
   MLX_MTL_PRAGMA_UNROLL
   for (int first = 0; first < ROW_TILES * VALUE_CHUNKS; first += UNITS) {
     MLX_MTL_PRAGMA_UNROLL
@@ -299,22 +307,23 @@
       const int unit = first + u;
       if (unit < ROW_TILES * VALUE_CHUNKS) {
         MLX_MTL_PRAGMA_UNROLL
-        for (int e = 0; e < 8; e++) {
-          shared[(simd_gid * UNITS + u) * 256 + 32 * at.row + 4 * at.column + e] =
-              out[4 * unit + e / 2][e % 2];
+        for (int e = 0; e < VALUE_RUN; e++) {
+          shared[(simd_gid * UNITS + u) * UNIT + VALUE_PACKS * (32 * at.row + 4 * at.column) + e] =
+              out[4 * VALUE_PACKS * unit + e / 2][e % 2];
         }
       }
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    for (int i = int(thread_index_in_threadgroup); i < 256 * UNITS; i += 32 * SIMDGROUPS) {
-      const int unit = first + i / 256;
-      const int row = 8 * (unit / VALUE_CHUNKS) + i % 256 / 32;
-      if (unit < ROW_TILES * VALUE_CHUNKS && first_row + row < row_count) {
+    for (int i = int(thread_index_in_threadgroup); i < UNITS * UNIT; i += 32 * SIMDGROUPS) {
+      const int unit = first + i / UNIT;
+      const int row = first_row + 8 * (unit / VALUE_CHUNKS) + i % UNIT / (32 * VALUE_PACKS);
+      if (unit < ROW_TILES * VALUE_CHUNKS && row < row_count) {
         float sum = 0.0f;
         for (int s = 0; s < SIMDGROUPS; s++) {
-          sum += shared[s * UNITS * 256 + i];
+          sum += shared[s * UNITS * UNIT + i];
         }
-        destination[(first_output_row + row) * row_stride + 32 * (unit % VALUE_CHUNKS) + i % 32] = Output(sum);
+        const int dim = 32 * VALUE_PACKS * (unit % VALUE_CHUNKS) + i % (32 * VALUE_PACKS);
+        destination[int64_t(first_head_row + row) * row_stride + dim] = Output(sum);
       }
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);

@@ -19,6 +19,10 @@ _THREADGROUPS_PER_CORE = 4
 _FEW_ROWS = 4
 _OUTPUT_REGISTERS = 64
 """Registers of a lane that hold sums of the output; what else a lane keeps takes about as many."""
+_LATENT_REGISTERS = 80
+"""Those and the dequantized numbers of the keys."""
+_LATENT_ROW_TILES = 4
+"""With 16 keys at a time: the parts of the scores take 4 KB of threadgroup memory for each tile of rows."""
 _CORES = {"p": 6, "g": 16, "s": 40, "c": 40, "d": 76}
 """Cores by the last letter of an architecture's name, which tells phone, base or Pro, Max and Ultra apart."""
 
@@ -26,9 +30,10 @@ _CORES = {"p": 6, "g": 16, "s": 40, "c": 40, "d": 76}
 class Kind(Enum):
     """Which kernel, by the number of rows (query head, position) that share a key head, and the output's size."""
 
-    FEW_ROWS = "few rows"  # up to 4: ordinary multiply-adds
+    FEW_ROWS = "few rows"  # up to 4, or 2 of long values: ordinary multiply-adds
     ALONE = "alone"  # matrix products, where a simdgroup can hold the whole output of its rows
     TEAM = "team"  # matrix products, with the output's dims shared out over the simdgroups
+    LATENT = "latent"  # keys and values are one tensor (MLA), whose dims are shared out over the simdgroups
 
 
 @dataclass(frozen=True)
@@ -67,9 +72,11 @@ def family_of(signature: Signature) -> Family:
     """The kernel for calls of ``signature``."""
     rows = signature.query_heads // signature.kv_heads * signature.query_length
     static = signature._replace(batch=0, query_heads=0, kv_heads=0, query_length=0)
-    if rows <= _FEW_ROWS and signature.value_dim in (64, 128, 256) and not signature.rope_dim:
+    if rows * (2 if signature.value_dim > 256 else 1) <= _FEW_ROWS and not signature.rope_dim:
         return Family(static, Kind.FEW_ROWS, rows, tile=32, simdgroups=4)
     row_tiles, chunks = -(-rows // 8), signature.value_dim // 32
+    if signature.shared_kv and signature.value_dim in (256, 512):
+        return _latent_family(static, row_tiles)
     if row_tiles * chunks * 8 <= _OUTPUT_REGISTERS:
         return Family(static, Kind.ALONE, 8 * row_tiles, tile=8 * max(1, 4 // row_tiles), simdgroups=4)
     per_simdgroup = -(-chunks // 8)
@@ -79,6 +86,16 @@ def family_of(signature: Signature) -> Family:
     else:
         row_tiles = -(-row_tiles // -(-row_tiles // most))
     return Family(static, Kind.TEAM, 8 * row_tiles, 16 if row_tiles <= 2 else 8, -(-chunks // per_simdgroup))
+
+
+def _latent_family(static: Signature, row_tiles: int) -> Family:
+    """8 simdgroups, each with an eighth of the dims in its registers: of the output's rows, and of 8 or 16 keys."""
+    packs = static.value_dim // 256
+    most = _OUTPUT_REGISTERS // (8 * packs)
+    row_tiles = -(-row_tiles // -(-row_tiles // most))
+    of_two_tiles = 16 * packs // (2 if static.dtype == mx.float16 else 1)
+    two = row_tiles <= _LATENT_ROW_TILES and 8 * packs * row_tiles + of_two_tiles <= _LATENT_REGISTERS
+    return Family(static, Kind.LATENT, 8 * row_tiles, 16 if two else 8, simdgroups=8)
 
 
 def plan_launch(signature: Signature, family: Family, count: int, cores: int) -> Launch:

@@ -17,13 +17,6 @@
   const int first_row = (int(threadgroup_position_in_grid.y) % blocks) * ROWS;
   const int batch = int(threadgroup_position_in_grid.z);
 
-  const auto key_codes_head = key_codes + batch * key_codes_strides[0] + kv_head * key_codes_strides[1];
-  const auto key_scales_head = key_scales + batch * key_scales_strides[0] + kv_head * key_scales_strides[1];
-  const auto key_biases_head = key_biases + batch * key_biases_strides[0] + kv_head * key_biases_strides[1];
-  const auto value_codes_head = value_codes + batch * value_codes_strides[0] + kv_head * value_codes_strides[1];
-  const auto value_scales_head = value_scales + batch * value_scales_strides[0] + kv_head * value_scales_strides[1];
-  const auto value_biases_head = value_biases + batch * value_biases_strides[0] + kv_head * value_biases_strides[1];
-
   const int tiles = (count + TILE - 1) / TILE;
   const int begin = (tiles + splits - 1) / splits * split * TILE;
   int end = min(count, (tiles + splits - 1) / splits * (split + 1) * TILE);
@@ -34,3 +27,23 @@
   end = min(end, count - length + last_position + 1);
 #endif
 
+  // This head's keys and values, from the first key of the split on.
+  const auto key_codes_head =
+      key_codes + batch * key_codes_strides[0] + kv_head * key_codes_strides[1] + begin * key_codes_strides[2];
+  const auto key_scales_head =
+      key_scales + batch * key_scales_strides[0] + kv_head * key_scales_strides[1] + begin * key_scales_strides[2];
+  const auto key_biases_head =
+      key_biases + batch * key_biases_strides[0] + kv_head * key_biases_strides[1] + begin * key_biases_strides[2];
+  const auto value_codes_head =
+      value_codes + batch * value_codes_strides[0] + kv_head * value_codes_strides[1] + begin * value_codes_strides[2];
+  const auto value_scales_head =
+      value_scales + batch * value_scales_strides[0] + kv_head * value_scales_strides[1] + begin * value_scales_strides[2];
+  const auto value_biases_head =
+      value_biases + batch * value_biases_strides[0] + kv_head * value_biases_strides[1] + begin * value_biases_strides[2];
+  const RowOffsets key_strides = {
+      uint(key_codes_strides[2]), uint(key_scales_strides[2]), uint(key_biases_strides[2])};
+  const RowOffsets value_strides = {
+      uint(value_codes_strides[2]), uint(value_scales_strides[2]), uint(value_biases_strides[2])};
+  // The last key there is.
+  const RowOffsets last_key = offsets_of_key(count - 1 - begin, key_strides);
+  const RowOffsets last_value = offsets_of_key(count - 1 - begin, value_strides);

@@ -8,6 +8,7 @@ from importlib.resources import files
 
 from qsdpa_patch.kernels.attention_call import Signature
 from qsdpa_patch.kernels.format import Format
+from qsdpa_patch.kernels.metal.plan import Kind
 
 __all__ = ["decode_body", "decode_header", "merge_body", "merge_header", "mode_of", "row_quantization_header"]
 
@@ -27,8 +28,9 @@ def _read(name: str) -> str:
     return "\n".join(line.strip() for line in text.splitlines() if line.strip()) + "\n"
 
 
-def decode_body(few_rows: bool) -> str:
-    return _read("prologue.metal") + _read("few_rows.metal" if few_rows else "matrix.metal")
+def decode_body(kind: Kind) -> str:
+    files = {Kind.FEW_ROWS: "few_rows.metal", Kind.LATENT: "latent.metal"}
+    return _read("prologue.metal") + _read(files.get(kind, "matrix.metal"))
 
 
 def merge_body() -> str:

@@ -6,8 +6,10 @@ Per number of K and V (a head dim of one key of one key head) and for all of its
 
 - bytes: device bytes read of packed K and V, each byte once a threadgroup, over the packed bytes. MLX's kernels for
   float keys may read a byte several times in a threadgroup; that is counted in ``reads``;
-- unpack, float, widen, exp: instructions by kind (``emulator/instructions.py``); matrix: multiply-adds of 8x8 products,
-  of which one simdgroup instruction has 512;
+- unpack (shifts, masks and conversions), float, integer (of addresses and bounds) and exp: instructions by kind
+  (``emulator/instructions.py``); matrix: multiply-adds of 8x8 products, of which one simdgroup instruction has 512;
+- cycles: of a lane, for all of these and the SIMD-group functions, by :data:`CYCLES`. Loads, stores and barriers are
+  not in it, nor is waiting;
 - reductions: SIMD-group reductions and exchanges per key and query head; barriers of a threadgroup, all in all;
 - shared: bytes of threadgroup memory.
 """
@@ -29,18 +31,30 @@ from tests.metal.append_cost import dispatches_of_caches
 from tests.metal.emulated_backend import emulated_backend
 from tests.metal.emulator import Cost
 
-__all__ = ["SHAPES", "Row", "measure", "measure_mlx"]
+__all__ = ["MLA_SHAPES", "MLX_DIMS", "SHAPES", "Row", "measure", "measure_mlx"]
 
 COUNT = 512
 SHAPES = [(bits, group, dim) for bits in (4, 8) for dim in (64, 128, 256, 512) for group in (1, 4, 8, 16)]
 """Bits, query heads to a key head, and head dim, of the decode steps in the table."""
+MLA_SHAPES = [(16, 256), (128, 256), (16, 512), (32, 512), (64, 512), (128, 512)]
+"""Heads and latent."""
+MLX_DIMS = (64, 128, 256)
+"""Head dims that MLX's float kernels take."""
 
-
+CYCLES = {
+    "shift": 4, "bitwise": 1, "convert": 4, "add": 1, "multiply": 4, "multiply 64": 16, "select": 1, "float": 1,
+    "widen": 0, "exp": 5,
+}  # fmt: skip
+"""Cycles of an instruction on an M1 or M2, as measured in https://github.com/philipturner/metal-benchmarks. An operand
+of 16 bits costs nothing."""
+MATRIX_CYCLES, REDUCTION_CYCLES, EXCHANGE_CYCLES = 20.1, 14.5, 2
+"""Of SIMD-group functions, likewise: an 8x8 product, a sum or extremum over all lanes, a shuffle."""
 DEVICES = {"M2 Ultra (76 cores)": (800e9, 13.6e12), "M4 (10 cores)": (120e9, 2.1e12)}
-"""Memory bandwidth in bytes, and operations of all lanes, per second: Apple's figures, half of the stated FLOP/s."""
+"""Memory bandwidth in bytes, and cycles of all lanes, per second: Apple's figures, half of the stated FLOP/s."""
 STEPS = [  # query heads, key heads, head dim, keys
     (32, 8, 128, 8192), (32, 8, 128, 131072), (32, 4, 128, 32768), (32, 2, 256, 131072), (32, 32, 128, 8192),
 ]  # fmt: skip
+MLA_STEPS = [(16, 32768), (128, 32768)]  # heads, keys; a latent of 512
 
 
 @dataclass(frozen=True)
@@ -52,17 +66,13 @@ class Row:
     reads: float
     unpack: float
     float_ops: float
-    widen: float
+    integer: float
     exp: float
     matrix: float
+    cycles: float
     reductions: float
     barriers: float
     threadgroup_memory: int
-
-    @property
-    def lane_operations(self) -> float:
-        """Everything a lane does with numbers, per number of K and V."""
-        return self.unpack + self.float_ops + self.widen + self.exp + self.matrix
 
     def __str__(self) -> str:
         counts = [
@@ -70,10 +80,10 @@ class Row:
             f"{self.reads:5.2f}",
             f"{self.unpack:6.2f}",
             f"{self.float_ops:6.2f}",
-            f"{self.widen:5.2f}",
+            f"{self.integer:7.2f}",
             f"{self.exp:5.3f}",
             f"{self.matrix:6.1f}",
-            f"{self.lane_operations:6.1f}",
+            f"{self.cycles:6.1f}",
             f"{self.reductions:10.3f}",
             f"{self.barriers:8.0f}",
             f"{self.threadgroup_memory:6}",
@@ -82,8 +92,8 @@ class Row:
 
 
 HEADER = (
-    f"| {'decode step':34} | bytes | reads | unpack | float  | widen | exp   | matrix | total  | reductions | barriers "
-    f"| shared |\n|{'-' * 36}|{'|'.join('-' * (n + 1) + ':' for n in (5, 5, 6, 6, 5, 5, 6, 6, 10, 8, 6))}|"
+    f"| {'decode step':34} | bytes | reads | unpack | float  | integer | exp   | matrix | cycles | reductions "
+    f"| barriers | shared |\n|{'-' * 36}|{'|'.join('-' * (n + 1) + ':' for n in (5, 5, 6, 6, 7, 5, 6, 6, 10, 8, 6))}|"
 )
 
 
@@ -135,15 +145,20 @@ def measure_mlx(group: int, dim: int) -> Row:
 def _row(name: str, traced: Cost, counted: Cost, parts: tuple[str, ...], packed: int, numbers: int, heads: int) -> Row:
     read = [traced.buffers[p] for p in parts if p in traced.buffers]
     kinds = {kind: count / numbers for kind, count in counted.instructions.items()}
+    reductions = sum(traced.ops.get(op, 0) for op in ("sum", "max", "min", "product"))
+    products = traced.ops.get("matrix", 0)
+    exchanges = traced.simd_reductions - reductions
+    of_simdgroups = products * MATRIX_CYCLES + reductions * REDUCTION_CYCLES + exchanges * EXCHANGE_CYCLES
     return Row(
         name,
         bytes_ratio=sum(b.threadgroup_unique_bytes for b in read) / packed,
         reads=sum(b.load_bytes for b in read) / packed,
-        unpack=kinds["unpack"],
+        unpack=kinds["shift"] + kinds["bitwise"] + kinds["convert"],
         float_ops=kinds["float"],
-        widen=kinds["widen"],
+        integer=kinds["add"] + kinds["multiply"] + kinds["multiply 64"] + kinds["select"],
         exp=kinds["exp"],
-        matrix=traced.ops.get("matrix", 0) * 512 / numbers,
+        matrix=products * 512 / numbers,
+        cycles=sum(CYCLES[kind] * count for kind, count in kinds.items()) + 32 * of_simdgroups / numbers,
         reductions=traced.simd_reductions / (COUNT * heads),
         barriers=traced.threadgroup_barriers / traced.threadgroups,
         threadgroup_memory=traced.threadgroup_memory_bytes,
@@ -154,27 +169,38 @@ def rows() -> Iterator[Row]:
     for bits, group, dim in SHAPES:
         yield measure(decode_case(bits, group, dim))
     for bits in (4, 8):
-        for heads in (16, 32, 128):
-            yield measure(mla_case(bits, heads))
-    for dim in (64, 128, 256):
+        for heads, latent in MLA_SHAPES:
+            yield measure(mla_case(bits, heads, latent))
+    for dim in MLX_DIMS:
         for group in (1, 4, 8, 16):
             yield measure_mlx(group, dim)
 
 
 def expected_times() -> Iterator[str]:
-    """Estimates of a decode step in float16 at 4 bits: what reading and computing take at the device's full rates."""
-    yield "| decode step, 4-bit g64 | device | MB | read, µs | compute, µs | expected, µs |"
-    yield "|---|---|--:|--:|--:|--:|"
+    """Estimates of decode steps in float16 at 4 bits, and of MLX's kernels for float16 keys."""
+    columns = "MB | read, µs | compute, µs | expected, µs"
+    yield f"| decode step, 4-bit g64 | device | {columns} | MLX float16: {columns} |"
+    yield f"|---|---|{'--:|' * 8}"
     for heads, kv_heads, dim, count in STEPS:
-        row = measure(decode_case(4, heads // kv_heads, dim))
+        ours, theirs = measure(decode_case(4, heads // kv_heads, dim)), measure_mlx(heads // kv_heads, dim)
         numbers = 2 * kv_heads * dim * count
-        size = numbers * 9 / 16
-        for device, (bandwidth, rate) in DEVICES.items():
-            read, compute = size / bandwidth * 1e6, numbers * row.lane_operations / rate * 1e6
-            yield (
-                f"| Hq {heads}, Hkv {kv_heads}, D {dim}, N {count} | {device} | {size / 1e6:.1f} | {read:.0f} "
-                f"| {compute:.0f} | {max(read, compute):.0f} |"
-            )
+        for device in DEVICES:
+            estimates = [
+                _estimate(device, numbers, size, row) for size, row in ((numbers * 9 / 16, ours), (2 * numbers, theirs))
+            ]
+            yield f"| Hq {heads}, Hkv {kv_heads}, D {dim}, N {count} | {device} | {' | '.join(estimates)} |"
+    for heads, count in MLA_STEPS:
+        numbers = count * 512
+        for device in DEVICES:
+            estimate = _estimate(device, numbers, numbers * 9 / 16 + count * 64 * 2, measure(mla_case(4, heads)))
+            yield f"| MLA, {heads} heads, latent 512, N {count} | {device} | {estimate} | | | | |"
+
+
+def _estimate(device: str, numbers: int, size: float, row: Row) -> str:
+    """MB, and µs to read them, to compute, and the larger of both: at the device's full rates."""
+    bandwidth, rate = DEVICES[device]
+    read, compute = size / bandwidth * 1e6, numbers * row.cycles / rate * 1e6
+    return f"{size / 1e6:.1f} | {read:.0f} | {compute:.0f} | {max(read, compute):.0f}"
 
 
 def appending() -> Iterator[str]:

@@ -57,6 +57,33 @@ def test_more_splits_than_tiles_of_keys(metal: EmulatedBackend, group: int) -> N
     )
 
 
+@pytest.mark.parametrize("rows", ["few", "many", "latent"])
+def test_scores_that_later_keys_exceed_by_far(metal: EmulatedBackend, rows: str) -> None:
+    """What is summed so far has to be made relative to a higher score, more than once."""
+    case = {
+        "few": Case(seed=12, group=3, count=300, capacity=300),
+        "many": Case(seed=12, group=9, count=200, capacity=200),
+        "latent": Case(seed=12, kv_heads=1, group=16, count=200, capacity=200, key_dim=256, value_dim=256, rope_dim=64),
+    }[rows]
+    for dtype in (mx.float32, mx.float16):
+        call = cases.build(replace(case, dtype=dtype))
+        call = replace(call, scale=8 * call.scale)
+        assert cases.relative_error(metal.attend(call), cases.expected(call)) <= cases.TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("group", [2, 6, 20])
+def test_keys_stored_apart(metal: EmulatedBackend, group: int) -> None:
+    """Buffers of ``[B, N, H, D]``, in which the rows of a head are not neighbours."""
+    call = cases.build(Case(seed=13, batch=2, group=group, count=70, capacity=70, value_dim=256))
+
+    def apart(tensor: QuantizedTensor) -> QuantizedTensor:
+        return tensor.map_parts(lambda part: mx.contiguous(part.swapaxes(1, 2)).swapaxes(1, 2))
+
+    stored = replace(call, keys=apart(call.keys), values=apart(call.values))
+    assert mx.array_equal(metal.attend(stored), metal.attend(call))
+    assert mx.array_equal(metal.attend(stored, keys_per_split=32), metal.attend(call, keys_per_split=32))
+
+
 def test_outputs_do_not_depend_on_what_lies_beside_the_keys(metal: EmulatedBackend) -> None:
     """The rest of a cache's buffer may hold anything, infinities and NaN included."""
     call = cases.build(Case(seed=11, group=5, count=50, capacity=60, dtype=mx.float16))

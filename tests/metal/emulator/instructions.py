@@ -14,8 +14,14 @@ from collections.abc import Mapping, Sequence
 __all__ = ["KINDS", "instrument", "total"]
 
 KINDS = {
-    "unpack": r"(?:lshr|shl|and|or)(?: \w+)* i(?:32|16|8) |uitofp ",  # shifts and masks of codes, and their conversion
-    "float": r"(?:fadd|fsub|fmul|fdiv)(?: \w+)* (?:float|half)|call .*@llvm\.(?:fma|fmuladd|maxnum|minnum)\.f32",
+    "shift": r"(?:lshr|ashr|shl)(?: \w+)* i(?:32|16|8) (?!\S+, 16$)",  # but for the upper half of a register
+    "bitwise": r"(?:and|or|xor)(?: \w+)* i(?:32|16|8) ",
+    "convert": r"(?:uitofp|sitofp|fptoui|fptosi) ",  # between integers and floats
+    "multiply": r"mul(?: \w+)* i32 ",  # of integers, as addresses are made of
+    "multiply 64": r"mul(?: \w+)* i64 ",
+    "float": r"(?:fadd|fsub|fmul|fdiv)(?: \w+)* (?:float|half)|call .*@llvm\.(?:fma|fmuladd|maxnum|minnum)\.f(?:16|32)",
+    "add": r"(?:add|sub)(?: \w+)* i32 ",
+    "select": r"select(?: \w+)* i1 |call .*@llvm\.[us](?:min|max)\.i32",
     "widen": r"fpext (?:half|bfloat) |call .*@__extendhfsf2",  # 16-bit floats to 32 bits
     "exp": r"call .*@(?:expf|llvm\.exp\.f32)",
 }

@@ -235,7 +235,7 @@ EMU_INTEGER_FUNCTIONS(ulong)
   EMU_INLINE T clamp(T x, T l, T h) { return min(max(x, l), h); }                                   \
   EMU_INLINE T select(T a, T b, bool c) { return c ? b : a; }                                       \
   EMU_INLINE T abs(T x) { return (T)__builtin_fabsf((float)x); }                                    \
-  EMU_INLINE T fma(T a, T b, T c) { return (T)__builtin_fmaf((float)a, (float)b, (float)c); }       \
+  EMU_INLINE T fma(T a, T b, T c) { return __builtin_elementwise_fma(a, b, c); }                    \
   EMU_INLINE bool isnan(T x) { return x != x; }                                                     \
   EMU_INLINE bool isinf(T x) { return __builtin_isinf((float)x); }                                  \
   EMU_INLINE bool isfinite(T x) { return __builtin_isfinite((float)x); }                            \
