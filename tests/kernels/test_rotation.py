@@ -120,7 +120,7 @@ class _Plain:
     """Plain rows with as much of a QuantizedTensor as the reference asks for."""
 
     def __init__(self, rows: mx.array) -> None:
-        self.codes = self.rows = rows
+        self.rows, self.shape = rows, rows.shape
 
     def dequantize(self, dtype: mx.Dtype, *, stored: bool) -> mx.array:
         return self.rows.astype(dtype)
