@@ -13,7 +13,11 @@ from qsdpa_patch.kernels.attention_call import AttentionCall, Signature
 from qsdpa_patch.kernels.backends import Declined
 from qsdpa_patch.kernels.cuda.decode import DecodeKernel, decode_kernel
 from qsdpa_patch.kernels.cuda.device import device_limits
-from qsdpa_patch.kernels.cuda.plan import Unsupported, decode_plan
+from qsdpa_patch.kernels.cuda.mla import MlaKernel, mla_kernel
+from qsdpa_patch.kernels.cuda.mla_plan import mla_plan
+from qsdpa_patch.kernels.cuda.plan import MAX_QUERY_LENGTH, Unsupported, decode_plan
+from qsdpa_patch.kernels.cuda.prefill import PrefillKernel, prefill_kernel
+from qsdpa_patch.kernels.cuda.prefill_plan import CHECKED_LENGTH, prefill_plan
 from qsdpa_patch.kernels.cuda.self_check import failure
 
 __all__ = ["attend", "has_fused_kernel", "is_available"]
@@ -44,12 +48,8 @@ def has_fused_kernel(signature: Signature) -> tuple[bool, str]:
     available, reason = is_available()
     if not available:
         return False, reason
-    try:
-        kernel = _kernel(signature)
-    except Unsupported as error:
-        return False, str(error)
-    problem = failure(kernel)
-    return (False, problem) if problem else (True, "")
+    kernel = _kernel(signature)
+    return (False, kernel) if isinstance(kernel, str) else (True, "")
 
 
 def attend(call: AttentionCall) -> mx.array:
@@ -61,11 +61,32 @@ def attend(call: AttentionCall) -> mx.array:
     rope = call.rope
     if rope is not None and not rope.queries.dtype == rope.keys.dtype == call.signature.dtype:
         raise Declined(f"rope term of {rope.queries.dtype} and {rope.keys.dtype} with {call.signature.dtype} queries")
-    return _kernel(call.signature)(call)
+    kernel = _kernel(call.signature)
+    if isinstance(kernel, str):
+        raise Declined(kernel)
+    return kernel(call)
 
 
 @cache
-def _kernel(signature: Signature) -> DecodeKernel:
+def _kernel(signature: Signature) -> DecodeKernel | MlaKernel | PrefillKernel | str:
+    """The fastest kernel that takes ``signature`` and passes its check on this device, or why there is none."""
     limits = device_limits()
     assert limits is not None
-    return decode_kernel(decode_plan(signature, limits))
+    if signature.query_length > MAX_QUERY_LENGTH:
+        try:
+            few = signature._replace(batch=1, query_length=CHECKED_LENGTH)  # the kernel is the same
+            problem = failure(prefill_kernel(prefill_plan(few, limits)))
+            return problem or prefill_kernel(prefill_plan(signature, limits))
+        except Unsupported as error:
+            return str(error)
+    try:
+        kernel = mla_kernel(mla_plan(signature, limits))
+        if not failure(kernel):
+            return kernel
+    except Unsupported:
+        pass  # the general kernel may
+    try:
+        general = decode_kernel(decode_plan(signature, limits))
+    except Unsupported as error:
+        return str(error)
+    return failure(general) or general

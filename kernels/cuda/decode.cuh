@@ -19,36 +19,13 @@
 // are many), so that one launch does it all.
 #pragma once
 #include "formats.cuh"
+#include "operands.cuh"
 #include "tiles.cuh"
 
 namespace qsdpa {
 
 constexpr int TICKET_WORDS = 32;  // counters of a tile: one for all, and one for each group of MERGED splits
 constexpr int MERGED = 8;
-
-enum Mask { NO_MASK = 0, CAUSAL = 1, BOOLEAN = 2, ADDITIVE = 3 };
-
-// A four-dimensional operand.
-template <typename T>
-struct View {
-  const T* data;
-  i64 strides[4];
-  int shape[4];
-
-  // Offset of the leading indices; a dimension of size 1 broadcasts.
-  __device__ __forceinline__ i64 offset(i64 i, i64 j, i64 k) const {
-    return (shape[0] > 1 ? i * strides[0] : 0) + (shape[1] > 1 ? j * strides[1] : 0) +
-           (shape[2] > 1 ? k * strides[2] : 0);
-  }
-  __device__ __forceinline__ Rows<T> rows(i64 i, i64 j) const {
-    return {data + i * strides[0] + j * strides[1], strides[2], strides[3]};
-  }
-};
-
-template <typename T, typename Shape, typename Strides>
-__device__ __forceinline__ View<T> view(const T* data, const Shape& shape, const Strides& strides) {
-  return {data, {strides[0], strides[1], strides[2], strides[3]}, {shape[0], shape[1], shape[2], shape[3]}};
-}
 
 template <typename T_, int D_, int DV_, typename K_, typename V_, int ROW_BLOCKS_, int MASK_, typename MaskT_,
           typename SinkT_, int ROPE_, bool SHARED_KV_, int WARPS_, int STAGES_, int PARTS_, int TEAM_>

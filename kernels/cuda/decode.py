@@ -10,15 +10,14 @@ import mlx.core as mx
 
 from qsdpa_patch.kernels.attention_call import AttentionCall
 from qsdpa_patch.kernels.cuda.plan import DecodePlan
+from qsdpa_patch.kernels.cuda.scales import device_scale
 from qsdpa_patch.kernels.cuda.source import DECODE_OUTPUTS, cuda_type, decode_body, decode_inputs, prologue
-from qsdpa_patch.kernels.cuda.tickets import start, take_tickets
+from qsdpa_patch.kernels.cuda.tickets import take_tickets
 
 __all__ = ["DecodeKernel", "decode_kernel"]
 
 _NAME = "qsdpa_decode"
 _Kernel = Callable[..., list[mx.array]]
-_SCALES_KEPT = 64
-_SCALE_COPIES = 64
 
 
 @cache
@@ -41,7 +40,6 @@ class DecodeKernel:
         self._out_shape = (sig.batch, sig.query_heads, sig.query_length, sig.value_dim)
         self._dtypes = [sig.dtype, mx.float32, mx.float32]
         self._variants: dict[tuple[mx.Dtype | None, mx.Dtype | None], _Kernel] = {}
-        self._scales: dict[float, mx.array] = {}
 
     def __call__(self, call: AttentionCall) -> mx.array:
         """Attention ``[B, Hq, L, Dv]`` of ``call``, lazy."""
@@ -56,7 +54,7 @@ class DecodeKernel:
             inputs.append(call.sinks)
         if call.rope is not None:
             inputs += (call.rope.queries, call.rope.keys)
-        inputs.append(self._scale(call.scale))
+        inputs.append(device_scale(call.scale))
         splits = plan.splits(call.key_count)
         tiles = sig.batch * self._row_tiles
         inputs.append(take_tickets(tiles))
@@ -86,13 +84,3 @@ class DecodeKernel:
             )
             self._variants[key] = cast(_Kernel, kernel)
         return self._variants[key]
-
-    def _scale(self, scale: float) -> mx.array:
-        """``scale`` in device memory: MLX keeps arrays of up to 8 bytes in the host's, which is slow to read."""
-        array = self._scales.get(scale)
-        if array is None:
-            if len(self._scales) >= _SCALES_KEPT:
-                self._scales.clear()
-            array = self._scales[scale] = mx.zeros((_SCALE_COPIES,)) + scale
-            start(array)
-        return array

@@ -93,6 +93,24 @@ __device__ __forceinline__ u32 take_bytes(u32 w) {
   }
 }
 
+// The eight 3-, 5- or 6-bit codes from the bottom of a on (b follows it), as the pairs of key_dim().
+template <typename F>
+__device__ __forceinline__ void take_eight(u32 (&d)[4], u32 a, u32 b) {
+  if constexpr (F::BITS == 3) {
+    const u32 c = __funnelshift_r(a, b, 2);
+    d[0] = take_fields<F, 4, 0>(a << 4), d[1] = take_fields<F, 7, 3>(a << 4);
+    d[2] = take_fields<F, 4, 0>(c), d[3] = take_fields<F, 7, 3>(c);
+  } else if constexpr (F::BITS == 5) {
+    d[0] = take_fields<F, 0, 4>(a), d[1] = take_fields<F, 0, 4>(a >> 5);
+    d[2] = take_fields<F, 0, 4>(__funnelshift_r(a, b, 10));
+    d[3] = take_fields<F, 0, 4>(__funnelshift_r(a, b, 15));
+  } else {
+    d[0] = take_fields<F, 4, 0>(a << 4), d[1] = take_fields<F, 4, 0>(a >> 2);
+    d[2] = take_fields<F, 4, 0>(__funnelshift_r(a, b, 20));
+    d[3] = take_fields<F, 4, 0>(__funnelshift_r(a, b, 26));
+  }
+}
+
 // The dimension of half `half` of pair `p` of block `block` in lane t. See the top of this file.
 template <typename F>
 __device__ constexpr int key_dim(int block, int t, int p, int half) {
@@ -146,21 +164,33 @@ __device__ __forceinline__ void load_keys(u32 (&low)[4], u32 (&high)[4], u32 row
         const int bit = 8 * F::BITS * t;
         const u32 w0 = word(bit / 32), w1 = word(bit / 32 + 1);
         const u32 a = __funnelshift_r(w0, w1, bit % 32), b = w1 >> (bit % 32);
-        if constexpr (F::BITS == 3) {
-          const u32 c = __funnelshift_r(a, b, 2);
-          d[0] = take_fields<F, 4, 0>(a << 4), d[1] = take_fields<F, 7, 3>(a << 4);
-          d[2] = take_fields<F, 4, 0>(c), d[3] = take_fields<F, 7, 3>(c);
-        } else if constexpr (F::BITS == 5) {
-          d[0] = take_fields<F, 0, 4>(a), d[1] = take_fields<F, 0, 4>(a >> 5);
-          d[2] = take_fields<F, 0, 4>(__funnelshift_r(a, b, 10));
-          d[3] = take_fields<F, 0, 4>(__funnelshift_r(a, b, 15));
-        } else {
-          d[0] = take_fields<F, 4, 0>(a << 4), d[1] = take_fields<F, 4, 0>(a >> 2);
-          d[2] = take_fields<F, 4, 0>(__funnelshift_r(a, b, 20));
-          d[3] = take_fields<F, 4, 0>(__funnelshift_r(a, b, 26));
-        }
+        take_eight<F>(d, a, b);
       }
     }
+  }
+}
+
+// What load_keys() gives lane t for block number `block` of a row of codes that a thread holds in registers. The row
+// may be a part of one, from a multiple of 64 dimensions on; indices must be known at compile time.
+template <typename F, int WORDS>
+__device__ __forceinline__ void unpack_keys(u32 (&d)[4], const u32 (&row)[WORDS], int block, int t) {
+  if constexpr (F::PAIRED_BLOCKS) {
+    const u32 w = row[block / 2 * 4 + t];
+    take_quarters<F>(d, block % 2 ? w >> 8 : w);
+  } else if constexpr (F::BITS == 2) {
+    take_quarters<F>(d, __byte_perm(row[block * 2 + t / 2], 0, t % 2 ? 0x4342 : 0x4140));
+  } else if constexpr (F::BITS == 4) {
+    const u32 w = row[block * 4 + t];
+    d[0] = take_nibbles<F, 0>(w), d[1] = take_nibbles<F, 1>(w);
+    d[2] = take_nibbles<F, 2>(w), d[3] = take_nibbles<F, 3>(w);
+  } else if constexpr (F::BITS == 8) {
+    const u32 w = row[block * 8 + t], x = row[block * 8 + 4 + t];
+    d[0] = take_bytes<F, 0, 1>(w), d[1] = take_bytes<F, 2, 3>(w);
+    d[2] = take_bytes<F, 0, 1>(x), d[3] = take_bytes<F, 2, 3>(x);
+  } else {
+    const int bit = 8 * F::BITS * t, word = block * F::BITS + bit / 32;
+    const u32 next = word + 1 < WORDS ? row[word + 1] : 0;
+    take_eight<F>(d, __funnelshift_r(row[word], next, bit % 32), next >> (bit % 32));
   }
 }
 

@@ -76,6 +76,9 @@ class DecodePlan:
     def rows(self) -> int:
         return 8 * self.row_blocks
 
+    keys_to_check = 40
+    """Keys of the check at first use."""
+
     def splits(self, count: int) -> int:
         """Thread blocks along ``count`` keys: the ideal number, or fewer where a team would get no tile."""
         tiles = -(-count // (PART * self.parts))
@@ -89,7 +92,7 @@ def decode_plan(sig: Signature, limits: DeviceLimits) -> DecodePlan:
     Raises:
         Unsupported: with the reason.
     """
-    _check(sig)
+    check_limits(sig)
     rows = sig.query_heads // sig.kv_heads * sig.query_length
     terms = 2 if sig.dtype == mx.float32 else 1
     row_blocks = -(-rows // 8)
@@ -110,13 +113,14 @@ def _fitting_plan(
         for stages in range(most_stages, 1, -1):
             shared = shared_bytes(sig, row_blocks, warps, stages, parts, team)
             if shared <= limits.shared_per_block and warps >= team:
-                splits = _ideal_splits(sig.batch * sig.kv_heads * row_tiles, limits.multiprocessors)
+                splits = ideal_splits(sig.batch * sig.kv_heads * row_tiles, limits.multiprocessors)
                 splits = min(splits, _MOST_SPLITS)
                 return DecodePlan(sig, row_blocks, row_tiles, warps, stages, parts, team, shared, splits)
     return None
 
 
-def _check(sig: Signature) -> None:
+def check_limits(sig: Signature) -> None:
+    """Raise :class:`Unsupported` for what no kernel takes."""
     if sig.query_length > MAX_QUERY_LENGTH:
         raise Unsupported(f"query length {sig.query_length}: the fused kernel takes up to {MAX_QUERY_LENGTH}")
     for name, dim in (("key", sig.key_dim), ("value", sig.value_dim)):
@@ -140,7 +144,7 @@ def _divides(sig: Signature, team: int) -> bool:
     return all(dim % (team * max(32, format.group_size)) == 0 for dim, format in halves)
 
 
-def _ideal_splits(tiles: int, slots: int) -> int:
+def ideal_splits(tiles: int, slots: int) -> int:
     """Thread blocks a tile of rows such that all blocks fill whole waves of the device's ``slots``."""
     if tiles <= slots // 2:
         return slots // tiles

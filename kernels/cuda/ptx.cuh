@@ -36,6 +36,13 @@ __device__ __forceinline__ u32 mul_half2(u32 a, u32 b) {
   return d;
 }
 
+// Of pairs of bfloat16.
+__device__ __forceinline__ u32 fma_bfloat162(u32 a, u32 b, u32 c) {
+  u32 d;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+
 // Two floats as a pair of halves, `low` in the low one.
 __device__ __forceinline__ u32 pack_half2(float low, float high) {
   u32 d;
@@ -123,6 +130,9 @@ __device__ __forceinline__ u32 transpose_matrix(u32 a) {
   asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(a));
   return d;
 }
+
+// Bring the line of this address of device memory into the second-level cache.
+__device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 // Copy BYTES (4, 8 or 16) from device to shared memory; the part past `valid` bytes is filled with zeros.
 template <int BYTES>

@@ -10,18 +10,19 @@ import mlx.core as mx
 from qsdpa_patch.kernels import reference
 from qsdpa_patch.kernels.attention_call import AttentionCall, RopeTerm, Signature, check_call
 from qsdpa_patch.kernels.cuda.decode import DecodeKernel
+from qsdpa_patch.kernels.cuda.mla import MlaKernel
+from qsdpa_patch.kernels.cuda.prefill import PrefillKernel
 from qsdpa_patch.kernels.format import Format
 from qsdpa_patch.kernels.quantized_tensor import QuantizedTensor, quantize_parts
 
 __all__ = ["failure"]
 
 _log = logging.getLogger("qsdpa_patch")
-_KEYS = 40
 _failures: dict[str, str] = {}
 _TOLERANCE = {mx.float16: 4e-3, mx.bfloat16: 2e-2, mx.float32: 1e-4}
 
 
-def failure(kernel: DecodeKernel) -> str:
+def failure(kernel: DecodeKernel | MlaKernel | PrefillKernel) -> str:
     """Why ``kernel`` cannot be used on this device; empty if it can. Found out, and logged, once a compiled kernel."""
     if kernel.source not in _failures:
         _failures[kernel.source] = problem = _problem(kernel)
@@ -30,10 +31,10 @@ def failure(kernel: DecodeKernel) -> str:
     return _failures[kernel.source]
 
 
-def _problem(kernel: DecodeKernel) -> str:
+def _problem(kernel: DecodeKernel | MlaKernel | PrefillKernel) -> str:
     sig = kernel.plan.signature
     try:
-        call = _sample_call(sig)
+        call = _sample_call(sig, kernel.plan.keys_to_check)
         actual = kernel(call)
         mx.eval(actual)
         with mx.stream(mx.cpu):  # on the GPU, MLX multiplies float32 matrices in TF32
@@ -45,9 +46,9 @@ def _problem(kernel: DecodeKernel) -> str:
     return f"the kernel is wrong on this device: error {error:.2g} in its self-check"
 
 
-def _sample_call(sig: Signature) -> AttentionCall:
-    """A call of ``sig`` with few keys and random operands."""
-    count = max(_KEYS, sig.query_length)
+def _sample_call(sig: Signature, count: int) -> AttentionCall:
+    """A call of ``sig`` with ``count`` keys and random operands."""
+    count = max(count, sig.query_length)
     keys = _random_tensor(sig, sig.key_dim, sig.key_format, sig.key_scale_dtype, count)
     values = (
         keys if sig.shared_kv else _random_tensor(sig, sig.value_dim, sig.value_format, sig.value_scale_dtype, count)

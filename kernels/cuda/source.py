@@ -14,20 +14,43 @@ from pathlib import Path
 import mlx.core as mx
 
 from qsdpa_patch.kernels.attention_call import Signature
+from qsdpa_patch.kernels.cuda.mla_plan import MlaPlan
 from qsdpa_patch.kernels.cuda.plan import DecodePlan, format_mode, mask_kind
+from qsdpa_patch.kernels.cuda.prefill_plan import PrefillPlan
 from qsdpa_patch.kernels.format import Format
 
-__all__ = ["DECODE_OUTPUTS", "decode_body", "decode_inputs", "headers", "prologue"]
+__all__ = [
+    "DECODE_HEADERS",
+    "DECODE_OUTPUTS",
+    "MLA_HEADERS",
+    "MLA_OUTPUTS",
+    "PREFILL_HEADERS",
+    "cuda_type",
+    "decode_body",
+    "decode_inputs",
+    "headers",
+    "mla_body",
+    "mla_inputs",
+    "mla_merge_body",
+    "mla_merge_inputs",
+    "prefill_body",
+    "prefill_inputs",
+    "prologue",
+]
 
-_HEADERS = ("ptx.cuh", "formats.cuh", "tiles.cuh", "decode.cuh")
+_COMMON = ("ptx.cuh", "formats.cuh", "tiles.cuh", "operands.cuh")
+DECODE_HEADERS = (*_COMMON, "decode.cuh")
+_WARPGROUPS = (*_COMMON, "wgmma.cuh", "unpack.cuh", "softmax.cuh")
+MLA_HEADERS = (*_WARPGROUPS, "mla.cuh")
+PREFILL_HEADERS = (*_WARPGROUPS, "prefill.cuh")
 _TYPES = {mx.float16: "__half", mx.bfloat16: "__nv_bfloat16", mx.float32: "float", mx.uint8: "uint8_t"}
 
 DECODE_OUTPUTS = ["out", "partials", "stats"]
 
 
 @cache
-def headers(names: tuple[str, ...] = _HEADERS) -> str:
-    """Headers of this folder, by default those of the decode kernel, as text to compile.
+def headers(names: tuple[str, ...]) -> str:
+    """The headers ``names``, in an order in which none needs a later one, as text to compile.
 
     MLX copies and hashes the whole text of a kernel at every call, so they are included by path where they are files,
     and pasted only where they are not (a package in an archive).
@@ -40,14 +63,14 @@ def headers(names: tuple[str, ...] = _HEADERS) -> str:
     return "\n".join(line for line in pasted.splitlines() if not line.startswith(skipped))
 
 
-def prologue(name: str, threads: int) -> str:
-    """What goes before the kernel ``name``: the headers, and bounds on its launch.
+def prologue(name: str, threads: int, names: tuple[str, ...] = DECODE_HEADERS) -> str:
+    """What goes before the kernel ``name``: the headers ``names``, and bounds on its launch.
 
     Without the bounds a thread may get more registers than a block of this size has. MLX has no place for the
     qualifier, so a macro of the kernel's name adds it; the body begins by taking the macro back.
     """
     symbol = f"custom_kernel_{name}"
-    return f"{headers()}#define {symbol} __launch_bounds__({threads}) {symbol}\n"
+    return f"{headers(names)}#define {symbol} __launch_bounds__({threads}, 1) {symbol}\n"
 
 
 def _end_of_bounds(name: str) -> str:
@@ -73,19 +96,22 @@ _OPERANDS = (
 """Members of ``DecodeArguments`` before the outputs, in order."""
 
 
+def _operand(member: str, inputs: list[str]) -> str:
+    """The member of the arguments that the input of this name becomes; an empty one without the input."""
+    if member not in inputs:
+        return "nullptr" if member == "sinks" else "{}"
+    if member in ("sinks", "scale"):
+        return member
+    return f"qsdpa::view({member}, {member}_shape, {member}_strides)"
+
+
 def decode_body(name: str, plan: DecodePlan, mask_type: str, sink_type: str) -> str:
     """The body of the decode kernel ``name``. ``mask_type`` and ``sink_type`` are CUDA types."""
     sig = plan.signature
     inputs = decode_inputs(sig)
 
-    def operand(member: str) -> str:
-        if member not in inputs:
-            return "nullptr" if member == "sinks" else "{}"
-        if member in ("sinks", "scale"):
-            return member
-        return f"qsdpa::view({member}, {member}_shape, {member}_strides)"
-
-    arguments = ", ".join([*map(operand, _OPERANDS), "const_cast<uint32_t*>(tickets)", *DECODE_OUTPUTS])
+    operands = [_operand(member, inputs) for member in _OPERANDS]
+    arguments = ", ".join([*operands, "const_cast<uint32_t*>(tickets)", *DECODE_OUTPUTS])
     parameters = ", ".join(
         (
             _TYPES[sig.dtype],
@@ -103,6 +129,84 @@ def decode_body(name: str, plan: DecodePlan, mask_type: str, sink_type: str) -> 
         "extern __shared__ __align__(16) char qsdpa_shared[];\n"
         f"const qsdpa::DecodeArguments<Config> arguments{{{arguments}}};\n"
         "qsdpa::Decoder<Config>(arguments, qsdpa_shared).run();\n"
+    )
+
+
+MLA_OUTPUTS = ["partials", "stats"]
+_MLA_OPERANDS = ("queries", "keys", "key_scales", "key_biases", "mask", "rope_queries", "rope_keys", "scale")
+"""Members of ``MlaArguments`` before the outputs, in order."""
+
+
+def mla_inputs(sig: Signature) -> list[str]:
+    """Names of the inputs of the kernel for absorbed MLA, in order."""
+    left_out = {"tickets", "sinks"}
+    return [name for name in decode_inputs(sig) if name not in left_out]
+
+
+def mla_body(name: str, plan: MlaPlan, mask_type: str) -> str:
+    """The body of the kernel ``name`` for absorbed MLA."""
+    sig = plan.signature
+    inputs = mla_inputs(sig)
+    operands = ", ".join(_operand(member, inputs) for member in _MLA_OPERANDS)
+    return (
+        f"{_end_of_bounds(name)}"
+        f"using Config = qsdpa::MlaConfig<{_TYPES[sig.dtype]}, {sig.key_dim}, "
+        f"{_format(sig.key_format, sig.key_scale_dtype)}, {mask_kind(sig)}, {mask_type}, {plan.stages}>;\n"
+        f'static_assert(Config::SHARED_BYTES == {plan.shared_bytes}, "the plan and the kernel disagree");\n'
+        "extern __shared__ __align__(1024) char qsdpa_shared[];\n"
+        f"const qsdpa::MlaArguments<Config> arguments{{{operands}, {', '.join(MLA_OUTPUTS)}}};\n"
+        "qsdpa::MlaDecoder<Config>(arguments, qsdpa_shared).run();\n"
+    )
+
+
+def mla_merge_inputs(sig: Signature) -> list[str]:
+    """Names of the inputs of the kernel that merges the splits, in order."""
+    return [*MLA_OUTPUTS, "queries", *(["sinks"] if sig.has_sinks else [])]
+
+
+def mla_merge_body(name: str, sig: Signature, sink_type: str) -> str:
+    """The body of the kernel ``name`` that merges the splits."""
+    sinks = "sinks, sinks_strides[0]" if sig.has_sinks else "nullptr, 0"
+    return (
+        f"{_end_of_bounds(name)}"
+        f"qsdpa::MlaMerger<{_TYPES[sig.dtype]}, {sig.key_dim}, {_format(sig.key_format, sig.key_scale_dtype)}, "
+        f"{sink_type}>(partials, stats, {sinks}, out, queries_shape[1], queries_shape[2], stats_shape[1]).run();\n"
+    )
+
+
+_PREFILL_OPERANDS = (
+    "queries", "keys", "key_scales", "key_biases", "values", "value_scales", "value_biases", "mask", "sinks", "scale",
+)  # fmt: skip
+"""Members of ``PrefillArguments`` before the outputs, in order; the sinks' stride follows them."""
+
+
+def prefill_inputs(sig: Signature) -> list[str]:
+    """Names of the inputs of the kernel for many query rows, in order."""
+    return [name for name in decode_inputs(sig._replace(shared_kv=False, rope_dim=0)) if name != "tickets"]
+
+
+def prefill_body(name: str, plan: PrefillPlan, mask_type: str, sink_type: str) -> str:
+    """The body of the kernel ``name`` for many query rows."""
+    sig = plan.signature
+    inputs = prefill_inputs(sig)
+    operands = [_operand(member, inputs) for member in _PREFILL_OPERANDS]
+    operands.insert(-1, "sinks_strides[0]" if sig.has_sinks else "0")
+    parameters = ", ".join(
+        (
+            _TYPES[sig.dtype],
+            f"{sig.key_dim}, {sig.value_dim}",
+            _format(sig.key_format, sig.key_scale_dtype),
+            _format(sig.value_format, sig.value_scale_dtype),
+            f"{mask_kind(sig)}, {mask_type}, {sink_type}",
+        )
+    )
+    return (
+        f"{_end_of_bounds(name)}"
+        f"using Config = qsdpa::PrefillConfig<{parameters}>;\n"
+        f'static_assert(Config::SHARED_BYTES == {plan.shared_bytes}, "the plan and the kernel disagree");\n'
+        "extern __shared__ __align__(1024) char qsdpa_shared[];\n"
+        f"const qsdpa::PrefillArguments<Config> arguments{{{', '.join(operands)}, out}};\n"
+        "qsdpa::Prefiller<Config>(arguments, qsdpa_shared).run();\n"
     )
 
 

@@ -9,11 +9,13 @@ from functools import partial
 import mlx.core as mx
 import pytest
 
-from qsdpa_patch.kernels.attention_call import AttentionCall, check_call
+from qsdpa_patch.kernels.attention_call import AttentionCall, RopeTerm, check_call
 from qsdpa_patch.kernels.cuda import backend
 from qsdpa_patch.kernels.format import FLOAT_FORMATS, Format
 from qsdpa_patch.kernels.quantized_tensor import QuantizedTensor, quantize
 from tests.attention_cases import (
+    FORMATS,
+    MASKS,
     TOLERANCES,
     Case,
     build,
@@ -54,6 +56,84 @@ def test_random_calls(seed: int) -> None:
 def test_random_mla_calls(seed: int) -> None:
     case = random_mla_case(seed)
     _check(build(case), str(case))
+
+
+_MLA = Case(seed=1, kv_heads=1, group=128, count=9001, capacity=9100, key_dim=512, value_dim=512, rope_dim=64)
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_absorbed_mla_of_every_format(format: Format, dtype: mx.Dtype) -> None:
+    """More keys than one round of tiles of all blocks, the last tile in part, with outlier channels."""
+    case = replace(_MLA, dtype=dtype, key_format=format, value_format=format, outliers=True)
+    _check(build(case), str(case))
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("latent", [256, 512])
+def test_absorbed_mla_of_several_positions(latent: int, mask: str) -> None:
+    case = replace(_MLA, dtype=mx.float16, key_dim=latent, value_dim=latent, mask=mask, sinks=True)
+    case = replace(case, batch=2, group=20, length=7, count=777, capacity=800)
+    _check(build(case), str(case))
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 100.0])
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
+def test_magnitudes_of_a_latent(dtype: mx.Dtype, size: float) -> None:
+    """Of very different size by key; the scale undoes the size in the scores."""
+    mx.random.seed(11)
+    latent = size * mx.random.normal((1, 1, 3000, 512)) * mx.exp(mx.random.normal((1, 1, 3000, 1)))
+    tensor = quantize(latent.astype(dtype), Format.affine(8))
+    queries, rope = (mx.random.normal((1, 64, n, d)).astype(dtype) for n, d in ((1, 512), (1, 64)))
+    rope_keys = mx.random.normal((1, 1, 3000, 64)).astype(dtype)
+    call = check_call(queries, tensor, tensor, scale=0.01 / size, rope=RopeTerm(0.1 * rope, rope_keys))
+    _check(call, f"{dtype} latent of size {size}")
+
+
+def test_latents_that_do_not_follow_each_other() -> None:
+    """Odd offsets and strides, which no wide load covers."""
+    mx.random.seed(12)
+    whole = quantize(mx.random.normal((2, 300, 3, 256)).astype(mx.float16), Format.affine(4, 32))
+    tensor = _rebuilt(whole, lambda part: mx.swapaxes(part, 1, 2)[:, 1:2, 1:299])
+    rope_keys = mx.random.normal((2, 300, 1, 65)).astype(mx.float16)
+    rope_keys = mx.swapaxes(rope_keys, 1, 2)[:, :, 1:299, 1:]
+    queries, rope = (mx.swapaxes(mx.random.normal((2, 1, 40, d)).astype(mx.float16), 1, 2) for d in (256, 64))
+    _check(check_call(queries, tensor, tensor, scale=0.06, rope=RopeTerm(0.1 * rope, rope_keys)), "transposed latent")
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.05, 1.0])
+def test_scales_out_of_the_ordinary_with_a_rope_term(scale: float) -> None:
+    call = build(replace(_MLA, dtype=mx.float16, count=500))
+    _check(replace(call, scale=scale), f"scale {scale}")
+
+
+_PREFILL = Case(
+    seed=1, batch=2, kv_heads=2, group=4, length=100, count=333, capacity=400, key_dim=256, value_dim=256, mask="causal"
+)
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_many_query_rows_of_every_format(format: Format, dtype: mx.Dtype) -> None:
+    case = replace(_PREFILL, dtype=dtype, key_format=format, value_format=format, outliers=True)
+    _check(build(case), str(case))
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize(("group", "length", "count"), [(1, 17, 17), (3, 257, 300), (8, 40, 2000)])
+def test_many_query_rows_with_masks_and_sinks(group: int, length: int, count: int, mask: str) -> None:
+    case = replace(_PREFILL, dtype=mx.float16, mask=mask, sinks=True)
+    case = replace(case, group=group, length=length, count=count, capacity=count + 5)
+    _check(build(case), str(case))
+
+
+def test_many_query_rows_over_rows_that_do_not_follow_each_other() -> None:
+    """Queries, keys and values laid out [B, N, H, D], at odd offsets."""
+    mx.random.seed(13)
+    whole = quantize(mx.random.normal((2, 301, 3, 256)).astype(mx.float16), Format.affine(4))
+    tensor = _rebuilt(whole, lambda part: mx.swapaxes(part, 1, 2)[:, :, 1:300])
+    queries = mx.swapaxes(mx.random.normal((2, 50, 6, 257)).astype(mx.float16), 1, 2)[..., 1:]
+    _check(check_call(queries, tensor, tensor, scale=0.06, mask="causal"), "transposed")
 
 
 def _in_double_precision(call: AttentionCall) -> mx.array:

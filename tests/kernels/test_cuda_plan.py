@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import mlx.core as mx
 import pytest
@@ -10,10 +11,27 @@ import pytest
 from qsdpa_patch.kernels.attention_call import Signature
 from qsdpa_patch.kernels.cuda import backend
 from qsdpa_patch.kernels.cuda.device import HOPPER, DeviceLimits
+from qsdpa_patch.kernels.cuda.mla_plan import mla_plan
 from qsdpa_patch.kernels.cuda.plan import DecodePlan, Unsupported, decode_plan
-from qsdpa_patch.kernels.cuda.source import decode_body, decode_inputs, headers, prologue
+from qsdpa_patch.kernels.cuda.prefill_plan import prefill_plan
+from qsdpa_patch.kernels.cuda.source import (
+    DECODE_HEADERS,
+    MLA_HEADERS,
+    PREFILL_HEADERS,
+    decode_body,
+    decode_inputs,
+    headers,
+    mla_body,
+    mla_inputs,
+    mla_merge_body,
+    mla_merge_inputs,
+    prefill_body,
+    prefill_inputs,
+    prologue,
+)
+from qsdpa_patch.kernels.cuda.warpgroups import TILE
 from qsdpa_patch.kernels.format import Format
-from tests.attention_cases import build, random_case, random_mla_case
+from tests.attention_cases import FORMATS, build, random_case, random_mla_case
 
 ADA = DeviceLimits((8, 9), 128, 100 * 1024, 99 * 1024)
 
@@ -94,15 +112,124 @@ def test_bodies_name_every_input_and_no_other(seed: int) -> None:
     assert ("mask" in viewed) == (sig.mask in ("bool", "additive"))
 
 
-def test_headers_are_found_and_bounds_are_taken_back() -> None:
-    paths = re.findall(r'#include "([^"]+)"', headers())
-    assert [path.rsplit("/", 1)[-1] for path in paths] == ["ptx.cuh", "formats.cuh", "tiles.cuh", "decode.cuh"]
-    for path in paths:
+@pytest.mark.parametrize("names", [DECODE_HEADERS, MLA_HEADERS, PREFILL_HEADERS], ids=["decode", "mla", "prefill"])
+def test_headers_are_found_in_order(names: tuple[str, ...]) -> None:
+    paths = re.findall(r'#include "([^"]+)"', headers(names))
+    assert tuple(path.rsplit("/", 1)[-1] for path in paths) == names
+    for i, path in enumerate(paths):
         with open(path) as file:
-            assert "namespace qsdpa" in file.read()
-    assert "#define custom_kernel_k __launch_bounds__(256) custom_kernel_k\n" in prologue("k", 256)
+            text = file.read()
+        assert "namespace qsdpa" in text
+        assert set(re.findall(r'#include "([^"]+)"', text)) <= set(names[:i])
+
+
+def test_bounds_are_taken_back() -> None:
+    assert "#define custom_kernel_k __launch_bounds__(256, 1) custom_kernel_k\n" in prologue("k", 256)
     plan = decode_plan(_signature(), HOPPER)
     assert decode_body("k", plan, "bool", "float").startswith("#undef custom_kernel_k\n")
+
+
+def _mla_signature(**changes: object) -> Signature:
+    mla = {"query_heads": 128, "kv_heads": 1, "key_dim": 512, "value_dim": 512, "rope_dim": 64, "shared_kv": True}
+    return _signature(**(mla | changes))
+
+
+@pytest.mark.parametrize("latent", [256, 512])
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_warpgroup_products_take_absorbed_mla_of_every_format(format: Format, latent: int) -> None:
+    scales = mx.float16 if format.is_affine else mx.uint8
+    sig = _mla_signature(
+        key_dim=latent, value_dim=latent, key_format=format, value_format=format, key_scale_dtype=scales
+    )
+    plan = mla_plan(sig, HOPPER)
+    assert plan.row_tiles * plan.rows == 128
+    assert plan.shared_bytes <= HOPPER.shared_per_block
+    assert plan.stages >= 2
+    assert plan.keys_to_check > plan.splits(plan.keys_to_check) * plan.stages * TILE
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"query_heads": 16}, "16 query rows"),
+        ({"dtype": mx.float32}, "16-bit queries"),
+        ({"dtype": mx.bfloat16}, r"float16 scales with .*bfloat16"),
+        ({"key_dim": 384, "value_dim": 384}, "not absorbed MLA"),
+        ({"rope_dim": 128}, "not absorbed MLA"),
+        ({"shared_kv": False}, "not absorbed MLA"),
+        ({"query_length": 17}, "query length 17"),
+    ],
+)
+def test_warpgroup_products_refuse_the_rest(changes: dict[str, object], reason: str) -> None:
+    with pytest.raises(Unsupported, match=reason):
+        mla_plan(_mla_signature(**changes), HOPPER)
+
+
+def test_warpgroup_products_need_hopper() -> None:
+    for limits in (ADA, replace(HOPPER, capability=(10, 0))):
+        with pytest.raises(Unsupported, match="has no warpgroup products"):
+            mla_plan(_mla_signature(), limits)
+
+
+def test_no_block_of_absorbed_mla_is_without_keys() -> None:
+    plan = mla_plan(_mla_signature(), HOPPER)
+    splits = [plan.splits(count) for count in (1, TILE, TILE + 1, 1000, 1 << 17)]
+    assert splits == [1, 1, 2, 16, HOPPER.multiprocessors // 2]
+
+
+@pytest.mark.parametrize("mask", ["none", "bool", "additive"])
+@pytest.mark.parametrize("sinks", [False, True])
+def test_bodies_of_absorbed_mla_name_every_input_and_no_other(mask: str, sinks: bool) -> None:
+    sig = _mla_signature(mask=mask, has_sinks=sinks)
+    body = mla_body("k", mla_plan(sig, HOPPER), "bool")
+    assert set(re.findall(r"view\((\w+),", body)) | {"scale"} == set(mla_inputs(sig))
+    merge = mla_merge_body("k", sig, "float")
+    assert all(re.search(rf"\b{name}(_shape)?\b", merge) for name in mla_merge_inputs(sig))
+    assert re.search(r"\bsinks\b", merge) is not None or not sinks
+
+
+def _prefill_signature(**changes: object) -> Signature:
+    return _signature(**({"query_length": 512, "key_dim": 256, "value_dim": 256, "mask": "causal"} | changes))
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_many_query_rows_are_taken_where_mlx_has_no_fused_attention(format: Format) -> None:
+    scales = mx.float16 if format.is_affine else mx.uint8
+    plan = prefill_plan(_prefill_signature(key_format=format, key_scale_dtype=scales), HOPPER)
+    assert plan.row_tiles * plan.rows == 512 * 4
+    assert plan.shared_bytes <= HOPPER.shared_per_block
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"query_length": 16}, "query length 16"),
+        ({"key_dim": 128, "value_dim": 128}, "512 query rows of 128 dimensions"),
+        ({"value_dim": 128}, "against values of 128"),
+        ({"rope_dim": 64}, "without a rope term"),
+        ({"dtype": mx.float32}, "16-bit queries"),
+        ({"value_scale_dtype": mx.bfloat16}, r"bfloat16 scales with .*float16"),
+    ],
+)
+def test_the_kernel_for_many_query_rows_refuses_the_rest(changes: dict[str, object], reason: str) -> None:
+    with pytest.raises(Unsupported, match=reason):
+        prefill_plan(_prefill_signature(**changes), HOPPER)
+
+
+def test_the_number_of_query_rows_and_sequences_compiles_nothing_anew() -> None:
+    changes = ({"query_length": 17}, {"query_length": 2048}, {"batch": 3}, {"query_heads": 8})
+    plans = (prefill_plan(_prefill_signature(**change), HOPPER) for change in changes)
+    assert len({prefill_body("k", plan, "bool", "float") for plan in plans}) == 1
+
+
+@pytest.mark.parametrize("mask", ["none", "causal", "bool", "additive"])
+@pytest.mark.parametrize("sinks", [False, True])
+def test_bodies_for_many_query_rows_name_every_input_and_no_other(mask: str, sinks: bool) -> None:
+    sig = _prefill_signature(mask=mask, has_sinks=sinks)
+    body = prefill_body("k", prefill_plan(sig, HOPPER), "bool", "float")
+    plain = {"scale"} | ({"sinks"} if sinks else set())
+    assert set(re.findall(r"view\((\w+),", body)) | plain == set(prefill_inputs(sig))
+    assert all(re.search(rf"\b{name}\b", body) for name in plain)
 
 
 @pytest.mark.skipif(backend.is_available()[0], reason="this machine has a CUDA device")

@@ -1,0 +1,457 @@
+// Absorbed MLA decoding on Hopper's tensor cores: many query rows against one quantized latent that is both keys and
+// values, and a rope term.
+//
+// Work: a block serves 64 query rows (heads times positions) of one sequence; the splits of these deal the tiles of 64
+// keys among themselves. Warpgroups:
+//   left       scores S = Q K^T [64 x 64], softmax, P to registers and to the right; O += P V, left half of its columns
+//   right      O += P V, the other half
+//   producers  fetch packed keys a tile ahead, and unpack them, once, into a ring of tiles in shared memory
+//              (unpack.cuh); rope keys are copied beside
+// The tile is keys and values at once: its rows are the keys' rows in S, its columns the values' columns in O. While
+// the left does its softmax nothing else is under way; the products of values of a tile and of scores of the next run
+// back to back.
+//
+// Results of the splits meet in a second launch, MlaMerger: one block cannot hold them, and many can merge at once.
+#pragma once
+#include "softmax.cuh"
+#include "unpack.cuh"
+
+namespace qsdpa {
+
+template <typename T_, int D_, typename F_, int MASK_, typename MaskT_, int STAGES_>
+struct MlaConfig {
+  using T = T_;
+  using F = F_;
+  using MaskT = MaskT_;
+  static constexpr int D = D_, MASK = MASK_, STAGES = STAGES_;
+  static constexpr int ROPE = 64, ROWS = 64;
+  static constexpr int GROUP = 128, CONSUMERS = 2 * GROUP, PRODUCERS = GROUP;  // threads
+  // Of a thread: together no more than the launch gives out (168 each). Fewer for the consumers, and the compiler runs
+  // their products one by one.
+  static constexpr int PRODUCER_REGISTERS = 88, CONSUMER_REGISTERS = 208;
+  static constexpr bool BF16 = IsBfloat16<T>::value;
+  static constexpr int PANELS = D / PANEL_COLUMNS;
+
+  // Shared memory, in bytes, from a multiple of 1024 on.
+  static constexpr int TILE_BYTES = (PANELS + 1) * PANEL_BYTES;  // the last panel is the rope keys
+  static constexpr int QUERIES = STAGES * TILE_BYTES;
+  static constexpr int WEIGHTS = QUERIES + TILE_BYTES;  // P, as the left's threads hold it
+  static constexpr int FACTORS = WEIGHTS + 4 * GROUP * 16;
+  static constexpr int FULL = FACTORS + GROUP * 8;
+  static constexpr int EMPTY = FULL + 8 * STAGES;
+  static constexpr int SHARED_BYTES = EMPTY + 8 * STAGES;
+};
+
+template <typename C>
+struct MlaArguments {
+  using T = typename C::T;
+  View<T> queries;
+  View<u32> keys;
+  View<typename C::F::Scale> scales, biases;
+  View<typename C::MaskT> mask;
+  View<T> rope_queries, rope_keys;
+  const float* scale;
+  float* partials;  // [row tile, split, quad of registers, thread, 4]
+  float* stats;     // [row tile, split, row, 2]: running maximum and sum
+};
+
+template <typename C>
+class MlaDecoder {
+  using T = typename C::T;
+  using F = typename C::F;
+  static constexpr int D = C::D, STAGES = C::STAGES;
+  static constexpr int COLUMNS = D / 2;  // of a half of the output
+  static constexpr int FIRST_PART = D / 4;  // of the dimensions of scores: under way until the rest is
+  using Unpacker = TileUnpacker<T, F, D, C::PRODUCERS, 32>;
+  enum Barrier { QUERIES_READY = 1, WEIGHTS_READY = 2, WEIGHTS_TAKEN = 3 };
+
+  const MlaArguments<C>& a;
+  const u32 shared;
+  const int thread = threadIdx.x % C::GROUP, lane = threadIdx.x % 32, warp = thread / 32;
+  const int split = blockIdx.x, splits = gridDim.x, batch = blockIdx.z;
+  const int first_row = blockIdx.y * C::ROWS;
+  int length, rows, count, tiles;  // `tiles`: of this block
+
+ public:
+  __device__ __forceinline__ MlaDecoder(const MlaArguments<C>& arguments, char* memory)
+      : a(arguments), shared(shared_address(memory)) {
+    length = a.queries.shape[2];
+    rows = a.queries.shape[1] * length;
+    count = a.keys.shape[2];
+    tiles = ((count + TILE_ROWS - 1) / TILE_ROWS - split + splits - 1) / splits;
+  }
+
+  __device__ __forceinline__ void run() {
+    if (threadIdx.x == 0) {
+      for (int s = 0; s < STAGES; ++s) {
+        make_barrier(full(s), C::PRODUCERS);
+        make_barrier(empty(s), C::CONSUMERS / 32);
+      }
+    }
+    __syncthreads();
+    if (threadIdx.x >= C::CONSUMERS) {
+      give_registers<C::PRODUCER_REGISTERS>();
+      produce();
+    } else if (threadIdx.x < C::GROUP) {
+      take_registers<C::CONSUMER_REGISTERS>();
+      load_queries();
+      left();
+    } else {
+      take_registers<C::CONSUMER_REGISTERS>();
+      load_queries();
+      right();
+    }
+  }
+
+ private:
+  __device__ __forceinline__ u32 full(int stage) const { return shared + C::FULL + 8 * stage; }
+  __device__ __forceinline__ u32 empty(int stage) const { return shared + C::EMPTY + 8 * stage; }
+  __device__ __forceinline__ u32 tile_of(int stage) const { return shared + stage * C::TILE_BYTES; }
+  __device__ __forceinline__ int first_key(int i) const { return (split + i * splits) * TILE_ROWS; }
+
+  // Query head and position of a row; rows past the end repeat the last.
+  __device__ __forceinline__ int2 head_and_position(int row) const {
+    const int n = min(first_row + row, rows - 1);
+    return {n / length, n % length};
+  }
+
+  // ---- the producers ----
+
+  __device__ __forceinline__ void produce() const {
+    Unpacker unpacker(a.keys.rows(batch, 0), a.scales.rows(batch, 0), a.biases.rows(batch, 0),
+                      threadIdx.x - C::CONSUMERS);
+    const auto rope = a.rope_keys.rows(batch, 0);
+    if (unpacker.aligned() && rows_aligned(rope, 16)) {
+      produce<true>(unpacker, rope);
+    } else {
+      produce<false>(unpacker, rope);
+    }
+  }
+
+  template <bool ALIGNED>
+  __device__ __forceinline__ void produce(Unpacker& unpacker, const Rows<T>& rope) const {
+    int stage = 0, phase = 1;
+    if (tiles > 0) unpacker.template fetch<ALIGNED>(first_key(0), count);
+    for (int i = 0; i < tiles; ++i) {
+      wait_phase(empty(stage), phase);
+      copy_rope<ALIGNED>(tile_of(stage) + C::PANELS * PANEL_BYTES, rope, first_key(i));
+      unpacker.template unpack<ALIGNED>(tile_of(stage), first_key(i), count);
+      wait_copies<0>();
+      publish_to_products();
+      arrive(full(stage));
+      // Not before publishing, which waits for all loads.
+      if (i + 1 < tiles) unpacker.template fetch<ALIGNED>(first_key(i + 1), count);
+      if (++stage == STAGES) stage = 0, phase ^= 1;
+    }
+  }
+
+  // Rope keys of a tile to a panel; keys past the end repeat the last.
+  template <bool ALIGNED>
+  __device__ __forceinline__ void copy_rope(u32 panel, const Rows<T>& rope, int first) const {
+    const int thread = threadIdx.x - C::CONSUMERS;
+#pragma unroll
+    for (int i = 0; i < TILE_ROWS * 8 / C::PRODUCERS; ++i) {
+      const int key = i * (C::PRODUCERS / 8) + thread / 8, unit = thread % 8;
+      const T* source = rope.data + min(first + key, count - 1) * rope.row_stride + unit * 8 * rope.element_stride;
+      if constexpr (ALIGNED) {
+        copy_async<16>(panel + swizzled(key, unit), source);
+      } else {
+        u32 x[4];
+        load_unit(x, source, rope.element_stride, false);
+        store_unit(panel + swizzled(key, unit), x);
+      }
+    }
+    commit_copies();
+  }
+
+  // ---- the consumers ----
+
+  // All rows of queries to shared memory. By both groups of consumers.
+  __device__ __forceinline__ void load_queries() const {
+    constexpr int WARPS = C::CONSUMERS / 32;
+    const int consumer = threadIdx.x / 32;
+    auto query = [&](int row) { return row_of(a.queries, head_and_position(row)); };
+    if (view_aligned(a.queries)) {
+      qsdpa::load_queries<F, D, C::ROWS, WARPS, true>(shared + C::QUERIES, consumer, 1, query);
+    } else {
+      qsdpa::load_queries<F, D, C::ROWS, WARPS, false>(shared + C::QUERIES, consumer, a.queries.strides[3], query);
+    }
+    const bool aligned = view_aligned(a.rope_queries);
+    const i64 stride = a.rope_queries.strides[3];
+#pragma unroll
+    for (int i = 0; i < C::ROWS * C::ROPE / 8 / C::CONSUMERS; ++i) {
+      const int row = i * (C::CONSUMERS / 8) + threadIdx.x / 8, unit = threadIdx.x % 8;
+      u32 x[4];
+      load_unit(x, row_of(a.rope_queries, head_and_position(row)) + unit * 8 * stride, stride, aligned);
+      store_unit(shared + C::QUERIES + C::PANELS * PANEL_BYTES + swizzled(row, unit), x);
+    }
+    publish_to_products();
+    group_barrier<C::CONSUMERS>(QUERIES_READY);
+  }
+
+  __device__ __forceinline__ const T* row_of(const View<T>& x, int2 at) const {
+    return x.data + batch * x.strides[0] + at.x * x.strides[1] + at.y * x.strides[2];
+  }
+
+  // s = (rope queries) * (rope keys)^T
+  __device__ __forceinline__ void score_rope(float (&s)[8][4], u32 tile) const {
+    const u64 queries = rows_descriptor(shared + C::QUERIES + C::PANELS * PANEL_BYTES);
+    const u64 keys = rows_descriptor(tile + C::PANELS * PANEL_BYTES);
+#pragma unroll
+    for (int k = 0; k < C::ROPE / 16; ++k) multiply_rows<C::BF16>(s, queries + 2 * k, keys + 2 * k, k > 0);
+  }
+
+  // s += queries * keys^T, of the dimensions from FIRST to END
+  template <int FIRST, int END>
+  __device__ __forceinline__ void add_scores(float (&s)[8][4], u32 tile) const {
+    const u64 queries = rows_descriptor(shared + C::QUERIES), keys = rows_descriptor(tile);
+#pragma unroll
+    for (int k = FIRST / 16; k < END / 16; ++k) {
+      const int at = k / 4 * (PANEL_BYTES >> 4) + k % 4 * 2;
+      multiply_rows<C::BF16>(s, queries + at, keys + at, true);
+    }
+    commit_products();
+  }
+
+  // o += p * values, of the half `side` of the columns
+  __device__ __forceinline__ void add_values(float (&o)[COLUMNS / 8][4], const u32 (&p)[4][4], u32 tile,
+                                             int side) const {
+    const u64 values = columns_descriptor<PANEL_BYTES>(tile + side * (COLUMNS / PANEL_COLUMNS) * PANEL_BYTES);
+#pragma unroll
+    for (int k = 0; k < TILE_ROWS / 16; ++k) multiply_columns<C::BF16>(o, p[k], values + k * (16 * 128 >> 4));
+  }
+
+  __device__ __forceinline__ void release(int stage) const {
+    if (lane == 0) arrive(empty(stage));
+  }
+
+  __device__ __forceinline__ void left() const {
+    // Scores are summed in units of the latent's products, so that the rope term is divided by the scale.
+    const float given = *a.scale, unit = fabsf(given) < 1e-30f ? 1e-30f : given;
+    const float to_logits = unit * LOG2E, rope_factor = 1.0f / unit;
+    float o[COLUMNS / 8][4] = {}, s[8][4];
+    RunningSoftmax softmax;
+    u32 p[4][4];
+    auto scale_rope = [&] {
+      pin(s);
+      multiply_by(s, rope_factor);
+    };
+
+    if (tiles > 0) {
+      wait_phase(full(0), 0);
+      begin_products();
+      score_rope(s, tile_of(0));
+      commit_products();
+      wait_products<0>();
+      scale_rope();
+      begin_products();
+      add_scores<0, D>(s, tile_of(0));
+    }
+    int stage = 0, phase = 0;
+    for (int i = 0; i < tiles; ++i) {
+      wait_products<0>();
+      pin(s);
+      float factor[2];
+      multiply_by(s, to_logits);
+      mask(s, first_key(i));
+      softmax.apply(s, factor);
+      pack_weights<C::BF16>(p, s);
+      if (i > 0) group_barrier<C::CONSUMERS>(WEIGHTS_TAKEN);
+      give_weights(p, factor);
+      group_arrive<C::CONSUMERS>(WEIGHTS_READY);
+      rescale(o, factor);
+      const u32 tile = tile_of(stage), used = stage;
+      if (++stage == STAGES) stage = 0, phase ^= 1;
+      if (i + 1 < tiles) {
+        wait_phase(full(stage), phase);
+        begin_products();
+        score_rope(s, tile_of(stage));
+        commit_products();
+        add_values(o, p, tile, 0);
+        commit_products();
+        wait_products<1>();
+        scale_rope();
+        begin_products();
+        add_scores<0, FIRST_PART>(s, tile_of(stage));
+        wait_products<1>();  // for the values, which the producers wait to be rid of
+        release(used);
+        add_scores<FIRST_PART, D>(s, tile_of(stage));
+      } else {
+        begin_products();
+        add_values(o, p, tile, 0);
+        commit_products();
+        wait_products<0>();
+      }
+      pin(o);
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float total = softmax.total(h);
+      const int row = 16 * warp + lane / 4 + 8 * h;
+      if (lane % 4 == 0)
+        *reinterpret_cast<float2*>(a.stats + (place() * C::ROWS + row) * 2) = {softmax.top[h], total};
+    }
+    store(o, 0);
+  }
+
+  __device__ __forceinline__ void right() const {
+    float o[COLUMNS / 8][4] = {};
+    u32 p[4][4];
+    int stage = 0, phase = 0;
+    for (int i = 0; i < tiles; ++i) {
+      float factor[2];
+      group_barrier<C::CONSUMERS>(WEIGHTS_READY);
+      take_weights(p, factor);
+      if (i + 1 < tiles) group_arrive<C::CONSUMERS>(WEIGHTS_TAKEN);
+      rescale(o, factor);
+      wait_phase(full(stage), phase);
+      begin_products();
+      add_values(o, p, tile_of(stage), 1);
+      commit_products();
+      wait_products<0>();
+      pin(o);
+      release(stage);
+      if (++stage == STAGES) stage = 0, phase ^= 1;
+    }
+    store(o, 1);
+  }
+
+  // The mask, and the end of the keys.
+  __device__ __forceinline__ void mask(float (&s)[8][4], int first) const {
+    const int last = C::MASK == CAUSAL ? count - length : count - 1;  // the last key that every row sees
+    const bool ends = first + TILE_ROWS - 1 > last;
+    if (C::MASK != BOOLEAN && C::MASK != ADDITIVE && !ends) return;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int2 at = head_and_position(16 * warp + lane / 4 + 8 * h);
+      if constexpr (C::MASK == BOOLEAN || C::MASK == ADDITIVE)
+        apply_mask<C::MASK>(s, h, a.mask.data + a.mask.offset(batch, at.x, at.y),
+                            a.mask.shape[3] > 1 ? a.mask.strides[3] : 0, first, count);
+      if (ends) exclude_after(s, h, C::MASK == CAUSAL ? last + at.y : last, first);
+    }
+  }
+
+  // Probabilities and factors from the left's threads to the right's, of the same number.
+  __device__ __forceinline__ void give_weights(const u32 (&p)[4][4], const float (&factor)[2]) const {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) store_unit(weights(k), p[k]);
+    asm volatile("st.shared.v2.f32 [%0], {%1,%2};" ::"r"(shared + C::FACTORS + 8 * thread), "f"(factor[0]),
+                 "f"(factor[1])
+                 : "memory");
+  }
+  __device__ __forceinline__ void take_weights(u32 (&p)[4][4], float (&factor)[2]) const {
+#pragma unroll
+    for (int k = 0; k < 4; ++k)
+      asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
+                   : "=r"(p[k][0]), "=r"(p[k][1]), "=r"(p[k][2]), "=r"(p[k][3])
+                   : "r"(weights(k))
+                   : "memory");
+    asm volatile("ld.shared.v2.f32 {%0,%1}, [%2];"
+                 : "=f"(factor[0]), "=f"(factor[1])
+                 : "r"(shared + C::FACTORS + 8 * thread)
+                 : "memory");
+  }
+  __device__ __forceinline__ u32 weights(int k) const {
+    return shared + C::WEIGHTS + (k * C::GROUP + thread) * 16;
+  }
+
+  // This split's place among the partial results.
+  __device__ __forceinline__ i64 place() const {
+    return (static_cast<i64>(batch) * gridDim.y + blockIdx.y) * splits + split;
+  }
+
+  __device__ __forceinline__ void store(const float (&o)[COLUMNS / 8][4], int side) const {
+    float4* target = reinterpret_cast<float4*>(a.partials) + place() * (C::ROWS * D / 4) +
+                     side * C::GROUP + thread;
+#pragma unroll
+    for (int n = 0; n < COLUMNS / 8; ++n)
+      target[n * C::CONSUMERS] = {o[n][0], o[n][1], o[n][2], o[n][3]};
+  }
+};
+
+// Merges the splits of a row tile. A block: eight columns of all rows, four warps of 16 rows as in MlaDecoder::store().
+template <typename T, int D, typename F, typename SinkT>
+class MlaMerger {
+  static constexpr int ROWS = 64, GROUP = 128, BATCH = 16;  // loads of a thread under way
+  const float* const partials;
+  const float* const stats;
+  const SinkT* const sinks;
+  const i64 sink_stride;
+  T* const out;
+  const int heads, length, splits;
+
+ public:
+  __device__ __forceinline__ MlaMerger(const float* partials, const float* stats, const SinkT* sinks, i64 sink_stride,
+                                       T* out, int heads, int length, int splits)
+      : partials(partials), stats(stats), sinks(sinks), sink_stride(sink_stride), out(out), heads(heads),
+        length(length), splits(splits) {}
+
+  __device__ __forceinline__ void run() const {
+    __shared__ float2 row_stats[ROWS];
+    const int side = blockIdx.x % 2, octet = blockIdx.x / 2, lane = threadIdx.x % 32;
+    const int row = threadIdx.x / 32 * 16 + lane / 4;  // and eight after it
+    const i64 tile = static_cast<i64>(blockIdx.z) * gridDim.y + blockIdx.y;
+    const float4* source = reinterpret_cast<const float4*>(partials) + tile * splits * (ROWS * D / 4) +
+                           octet * 2 * GROUP + side * GROUP + threadIdx.x;
+    float4 y[BATCH];
+    auto fetch = [&](int first) {
+#pragma unroll
+      for (int i = 0; i < BATCH; ++i)
+        if (first + i < splits) y[i] = source[static_cast<i64>(first + i) * (ROWS * D / 4)];
+    };
+    fetch(0);
+    const float2* tile_stats = reinterpret_cast<const float2*>(stats) + tile * splits * ROWS;
+    reduce_stats(row_stats, tile_stats);
+
+    const float2 total[2] = {row_stats[row], row_stats[row + 8]};
+    float4 x = {};
+    for (int first = 0; first < splits; first += BATCH) {
+#pragma unroll
+      for (int i = 0; i < BATCH; ++i) {
+        if (first + i >= splits) continue;
+        const float2* split = tile_stats + (first + i) * ROWS + row;
+        const float f = exp2_fast(split[0].x - total[0].x), g = exp2_fast(split[8].x - total[1].x);
+        x = {fmaf(f, y[i].x, x.x), fmaf(f, y[i].y, x.y), fmaf(g, y[i].z, x.z), fmaf(g, y[i].w, x.w)};
+      }
+      fetch(first + BATCH);
+    }
+    const int column = side * (D / 2) + 8 * octet;
+    store(row, column, total[0], x.x, x.y);
+    store(row + 8, column, total[1], x.z, x.w);
+  }
+
+ private:
+  // The rows' maxima and sums over all splits: two threads a row.
+  __device__ __forceinline__ void reduce_stats(float2 (&row_stats)[ROWS], const float2* tile_stats) const {
+    float2 x = {LOWEST, 0.0f};
+    auto add = [&](float2 y) {
+      const float higher = fmaxf(x.x, y.x);
+      x = {higher, x.y * exp2_fast(x.x - higher) + y.y * exp2_fast(y.x - higher)};
+    };
+#pragma unroll 8
+    for (int s = threadIdx.x % 2; s < splits; s += 2) add(tile_stats[s * ROWS + threadIdx.x / 2]);
+    add({__shfl_xor_sync(~0u, x.x, 1), __shfl_xor_sync(~0u, x.y, 1)});
+    if (threadIdx.x % 2 == 0) row_stats[threadIdx.x / 2] = x;
+    __syncthreads();
+  }
+
+  // Two columns that a lane holds, of the eight from `column` on.
+  __device__ __forceinline__ void store(int row, int column, float2 total, float low, float high) const {
+    row += blockIdx.y * ROWS;
+    if (row >= heads * length) return;
+    const int head = row / length;
+    float sum = total.y, f = 1.0f;
+    if (sinks != nullptr) {  // a sink is one more logit, of a key without a value
+      const float sink = to_float(sinks[head * sink_stride]) * LOG2E, higher = fmaxf(total.x, sink);
+      f = exp2_fast(total.x - higher);
+      sum = sum * f + exp2_fast(sink - higher);
+    }
+    f = sum > 0.0f ? f / sum : 0.0f;
+    T* line = out + ((static_cast<i64>(blockIdx.z) * heads + head) * length + row % length) * D;
+    const int block = column / 32, t = column % 32 / 8, pair = threadIdx.x % 4;
+    line[key_dim<F>(block, t, pair, 0)] = T(low * f);
+    line[key_dim<F>(block, t, pair, 1)] = T(high * f);
+  }
+};
+
+}  // namespace qsdpa

@@ -1,0 +1,107 @@
+"""Launch of the kernel for absorbed MLA, and of the merge of its splits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import cast
+
+import mlx.core as mx
+
+from qsdpa_patch.kernels.attention_call import AttentionCall
+from qsdpa_patch.kernels.cuda.mla_plan import MlaPlan
+from qsdpa_patch.kernels.cuda.scales import device_scale
+from qsdpa_patch.kernels.cuda.source import (
+    MLA_HEADERS,
+    MLA_OUTPUTS,
+    cuda_type,
+    mla_body,
+    mla_inputs,
+    mla_merge_body,
+    mla_merge_inputs,
+    prologue,
+)
+
+__all__ = ["MlaKernel", "mla_kernel"]
+
+_NAME = "qsdpa_mla"
+_MERGE_NAME = "qsdpa_mla_merge"
+_MERGE_THREADS = 128
+_Kernel = Callable[..., list[mx.array]]
+
+
+@cache
+def mla_kernel(plan: MlaPlan) -> MlaKernel:
+    """The kernel of ``plan``, compiled by MLX when a result of it is first evaluated."""
+    return MlaKernel(plan)
+
+
+class MlaKernel:
+    """The kernel for calls of one signature of absorbed MLA.
+
+    plan: how it runs. source: text that tells compiled kernels apart; several signatures may share it.
+    """
+
+    def __init__(self, plan: MlaPlan) -> None:
+        self.plan = plan
+        sig = plan.signature
+        self.source = mla_body(_NAME, plan, "float") + mla_merge_body(_MERGE_NAME, sig, "float")
+        self._out_shape = (sig.batch, sig.query_heads, sig.query_length, sig.value_dim)
+        self._attention: dict[mx.Dtype | None, _Kernel] = {}
+        self._merge: dict[mx.Dtype | None, _Kernel] = {}
+
+    def __call__(self, call: AttentionCall) -> mx.array:
+        """Attention ``[B, Hq, L, R]`` of ``call``, lazy."""
+        plan, sig = self.plan, self.plan.signature
+        assert call.rope is not None
+        mask = call.mask if isinstance(call.mask, mx.array) else None
+        inputs = [call.queries, *call.keys.parts]
+        if mask is not None:
+            inputs.append(mask)
+        inputs += (call.rope.queries, call.rope.keys, device_scale(call.scale))
+        splits, tiles = plan.splits(call.key_count), sig.batch * plan.row_tiles
+        partials = self._attention_kernel(None if mask is None else mask.dtype)(
+            inputs=inputs,
+            grid=(plan.threads * splits, plan.row_tiles, sig.batch),
+            threadgroup=(plan.threads, 1, 1),
+            output_shapes=[(tiles, splits, plan.rows, sig.value_dim), (tiles, splits, plan.rows, 2)],
+            output_dtypes=[mx.float32, mx.float32],
+        )
+        sinks = call.sinks
+        return self._merge_kernel(None if sinks is None else sinks.dtype)(
+            inputs=[*partials, call.queries] if sinks is None else [*partials, call.queries, sinks],
+            grid=(_MERGE_THREADS * (sig.value_dim // 8), plan.row_tiles, sig.batch),
+            threadgroup=(_MERGE_THREADS, 1, 1),
+            output_shapes=[self._out_shape],
+            output_dtypes=[sig.dtype],
+        )[0]
+
+    def _attention_kernel(self, mask_dtype: mx.Dtype | None) -> _Kernel:
+        """The kernel for the dtype of this call's mask, which a signature leaves open."""
+        if mask_dtype not in self._attention:
+            plan = self.plan
+            kernel = mx.fast.cuda_kernel(
+                name=_NAME,
+                input_names=mla_inputs(plan.signature),
+                output_names=MLA_OUTPUTS,
+                source=mla_body(_NAME, plan, cuda_type(mask_dtype or mx.float32)),
+                header=prologue(_NAME, plan.threads, MLA_HEADERS),
+                ensure_row_contiguous=False,
+                shared_memory=plan.shared_bytes,
+            )
+            self._attention[mask_dtype] = cast(_Kernel, kernel)
+        return self._attention[mask_dtype]
+
+    def _merge_kernel(self, sink_dtype: mx.Dtype | None) -> _Kernel:
+        if sink_dtype not in self._merge:
+            sig = self.plan.signature
+            kernel = mx.fast.cuda_kernel(
+                name=_MERGE_NAME,
+                input_names=mla_merge_inputs(sig),
+                output_names=["out"],
+                source=mla_merge_body(_MERGE_NAME, sig, cuda_type(sink_dtype or mx.float32)),
+                header=prologue(_MERGE_NAME, _MERGE_THREADS, MLA_HEADERS),
+                ensure_row_contiguous=False,
+            )
+            self._merge[sink_dtype] = cast(_Kernel, kernel)
+        return self._merge[sink_dtype]

@@ -1,0 +1,277 @@
+// Unpacking tiles of 64 rows of codes into shared memory, for the products of wgmma.cuh: once, into values of T (16
+// bits), in the order of dimensions of key_dim(). Queries follow it.
+//
+// A thread unpacks a quarter of the dimensions of one or two rows; eight lanes write the same unit of eight rows, which
+// lie in distinct banks. Codes come ahead of time into registers.
+#pragma once
+#include "formats.cuh"
+#include "tiles.cuh"
+#include "wgmma.cuh"
+
+namespace qsdpa {
+
+constexpr int TILE_ROWS = 64;
+constexpr int PANEL_BYTES = TILE_ROWS * 128;  // of 64 columns of a tile
+
+template <bool BF16>
+__device__ __forceinline__ u32 pack_pair(float low, float high) {
+  if constexpr (BF16) {
+    u32 d;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+    return d;
+  } else {
+    return pack_half2(low, high);
+  }
+}
+
+__device__ __forceinline__ void store_unit(u32 address, const u32 (&x)[4]) {
+  asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3])
+               : "memory");
+}
+
+template <typename X>
+__device__ __forceinline__ u32 raw_bits(X x) {
+  u32 y = 0;
+  memcpy(&y, &x, sizeof(X));
+  return y;
+}
+
+// The widest access that divides a run of so many bytes.
+__device__ constexpr int access_bytes(int run) {
+  return run % 16 == 0 ? 16 : run % 8 == 0 ? 8 : run % 4 == 0 ? 4 : run % 2 == 0 ? 2 : 1;
+}
+
+// COUNT elements of a row, from number `column` on, to registers as they lie in memory. ALIGNED: to access_bytes().
+template <int COUNT, bool ALIGNED, typename X, int WORDS>
+__device__ __forceinline__ void load_run(u32 (&words)[WORDS], const Rows<X>& rows, int row, int column) {
+  constexpr int BYTES = COUNT * static_cast<int>(sizeof(X)), SIZE = access_bytes(BYTES);
+  static_assert(BYTES <= 4 * WORDS, "the registers hold the run");
+  const X* source = rows.data + row * rows.row_stride + column * rows.element_stride;
+  if constexpr (!ALIGNED) {
+    constexpr int PER_WORD = 4 / static_cast<int>(sizeof(X));
+#pragma unroll
+    for (int w = 0; w < WORDS; ++w) {
+      words[w] = 0;
+#pragma unroll
+      for (int i = 0; i < PER_WORD; ++i)
+        if (w * PER_WORD + i < COUNT)
+          words[w] |= raw_bits(source[(w * PER_WORD + i) * rows.element_stride]) << (32 / PER_WORD * i % 32);
+    }
+  } else if constexpr (SIZE == 16) {
+#pragma unroll
+    for (int i = 0; i < BYTES / 16; ++i) {
+      const uint4 x = reinterpret_cast<const uint4*>(source)[i];
+      words[4 * i] = x.x, words[4 * i + 1] = x.y, words[4 * i + 2] = x.z, words[4 * i + 3] = x.w;
+    }
+  } else if constexpr (SIZE == 8) {
+#pragma unroll
+    for (int i = 0; i < BYTES / 8; ++i) {
+      const uint2 x = reinterpret_cast<const uint2*>(source)[i];
+      words[2 * i] = x.x, words[2 * i + 1] = x.y;
+    }
+  } else if constexpr (SIZE == 4) {
+#pragma unroll
+    for (int i = 0; i < BYTES / 4; ++i) words[i] = reinterpret_cast<const u32*>(source)[i];
+  } else {
+    static_assert(BYTES <= 2, "runs of other lengths are whole words");
+    words[0] = BYTES == 2 ? *reinterpret_cast<const unsigned short*>(source)
+                          : *reinterpret_cast<const unsigned char*>(source);
+  }
+}
+
+// Element I of what load_run() gave.
+template <int I, typename X, int WORDS>
+__device__ __forceinline__ X element_of(const u32 (&words)[WORDS]) {
+  constexpr int PER_WORD = 4 / static_cast<int>(sizeof(X));
+  const u32 bits = words[I / PER_WORD] >> (32 / PER_WORD * (I % PER_WORD) % 32);
+  X x;
+  memcpy(&x, &bits, sizeof(X));
+  return x;
+}
+
+// Eight elements in two runs of four, as `place` (from key_dim() to a number of the eight) pairs them.
+template <typename F, int HIGH>
+__device__ __forceinline__ void pair_elements(u32 (&x)[4], const u32 (&elements)[8]) {
+#pragma unroll
+  for (int p = 0; p < 4; ++p) {
+    constexpr auto place = [](int dim) { return dim < 4 ? dim : dim - HIGH + 4; };
+    x[p] = elements[place(key_dim<F>(0, 0, p, 0))] | elements[place(key_dim<F>(0, 0, p, 1))] << 16;
+  }
+}
+
+// Rows of queries into shared memory, in the order of dimensions of the tiles, by WARPS warps: `row_of` gives a row's
+// first element. ALIGNED: elements follow each other, and rows begin at multiples of 8 bytes.
+template <typename F, int D, int ROWS, int WARPS, bool ALIGNED, typename RowOf>
+__device__ __forceinline__ void load_queries(u32 tile, int warp, i64 stride, RowOf row_of) {
+  constexpr int HIGH = F::PAIRED_BLOCKS ? 8 : F::BITS == 8 ? 16 : 4;  // between the two runs of four of a unit
+  constexpr int UNROLL = ALIGNED ? 4 : 1;                             // little code: it runs once, and must be fetched
+  const int lane = threadIdx.x % 32;
+#pragma unroll UNROLL
+  for (int row = warp; row < ROWS; row += WARPS) {
+    const auto* source = row_of(row);
+#pragma unroll
+    for (int unit = lane; unit < D / 8; unit += 32) {
+      const int first = key_dim<F>(unit / 4, unit % 4, 0, 0);
+      u32 elements[8], x[4];
+      if constexpr (ALIGNED) {
+        const uint2 low = *reinterpret_cast<const uint2*>(source + first);
+        const uint2 high = *reinterpret_cast<const uint2*>(source + first + HIGH);
+        const u32 words[4] = {low.x, low.y, high.x, high.y};
+#pragma unroll
+        for (int i = 0; i < 8; ++i) elements[i] = i % 2 ? words[i / 2] >> 16 : words[i / 2] & 0xffff;
+      } else {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) elements[i] = raw_bits(source[(first + i % 4 + i / 4 * HIGH) * stride]);
+      }
+      pair_elements<F, HIGH>(x, elements);
+      store_unit(tile + unit / 8 * PANEL_BYTES + swizzled(row, unit % 8), x);
+    }
+  }
+}
+
+// Eight elements of a row as they are. `aligned`: to 8 bytes.
+template <typename T>
+__device__ __forceinline__ void load_unit(u32 (&x)[4], const T* source, i64 stride, bool aligned) {
+  if (aligned) {
+    const uint2 low = reinterpret_cast<const uint2*>(source)[0], high = reinterpret_cast<const uint2*>(source)[1];
+    x[0] = low.x, x[1] = low.y, x[2] = high.x, x[3] = high.y;
+  } else {
+#pragma unroll
+    for (int p = 0; p < 4; ++p) x[p] = raw_bits(source[2 * p * stride]) | raw_bits(source[(2 * p + 1) * stride]) << 16;
+  }
+}
+
+// Of one operand, by THREADS threads. A thread fetches up to MOST_WORDS words of codes ahead.
+template <typename T, typename F, int D, int THREADS, int MOST_WORDS>
+class TileUnpacker {
+  using Scale = typename F::Scale;
+  static constexpr bool BF16 = IsBfloat16<T>::value;
+  static constexpr int PASSES = TILE_ROWS * 4 / THREADS;  // rows of a thread, eight apart
+  static constexpr int SPAN = D / 4, WORDS = SPAN * F::BITS / 32;
+  static constexpr int AHEAD = PASSES * WORDS <= MOST_WORDS ? PASSES : 1;  // rows of the next tile that registers hold
+  static constexpr int SCALES = SPAN >= F::GROUP ? SPAN / F::GROUP : 1;
+  static constexpr int SCALE_WORDS = (SCALES * static_cast<int>(sizeof(Scale)) + 3) / 4;
+  static_assert(D % 256 == 0, "a quarter of the dimensions is made of panels");
+
+  const Rows<u32> codes;
+  const Rows<Scale> scales, biases;
+  const int row, quarter;
+  struct {
+    u32 codes[WORDS], scales[SCALE_WORDS], biases[SCALE_WORDS];
+  } packed[PASSES];
+
+ public:
+  __device__ __forceinline__ TileUnpacker(const Rows<u32>& codes, const Rows<Scale>& scales, const Rows<Scale>& biases,
+                                          int thread)
+      : codes(codes),
+        scales(scales),
+        biases(biases),
+        row(thread / 32 * 8 * PASSES + thread % 8),
+        quarter(thread % 32 / 8) {}
+
+  // Whether fetch<true>() may read them.
+  __device__ __forceinline__ bool aligned() const {
+    constexpr int SCALE_ACCESS = access_bytes(SCALES * sizeof(Scale));
+    return rows_aligned(codes, access_bytes(4 * WORDS)) && rows_aligned(scales, SCALE_ACCESS) &&
+           (!F::HAS_BIAS || rows_aligned(biases, SCALE_ACCESS));
+  }
+
+  // Codes of the tile from row `first` on into registers, or their first rows; rows from `count` on repeat the last.
+  template <bool ALIGNED>
+  __device__ __forceinline__ void fetch(int first, int count) {
+#pragma unroll
+    for (int i = 0; i < PASSES; ++i) {
+      if (i < AHEAD) {
+        fetch_row<ALIGNED>(i, first, count);
+      } else {
+        prefetch(codes.data + row_number(i, first, count) * codes.row_stride + quarter * WORDS * codes.element_stride);
+      }
+    }
+  }
+
+  // What was fetched, and the rest, into the tile.
+  template <bool ALIGNED>
+  __device__ __forceinline__ void unpack(u32 tile, int first, int count) {
+    const u32 panel = tile + quarter * (SPAN / PANEL_COLUMNS) * PANEL_BYTES;
+#pragma unroll
+    for (int i = 0; i < PASSES; ++i) {
+      if (i >= AHEAD) fetch_row<ALIGNED>(i, first, count);
+      unpack_groups<0>(panel, i);
+    }
+  }
+
+ private:
+  __device__ __forceinline__ int row_number(int i, int first, int count) const {
+    return min(first + row + 8 * i, count - 1);
+  }
+
+  template <bool ALIGNED>
+  __device__ __forceinline__ void fetch_row(int i, int first, int count) {
+    const int at = row_number(i, first, count);
+    load_run<WORDS, ALIGNED>(packed[i].codes, codes, at, quarter * WORDS);
+    load_run<SCALES, ALIGNED>(packed[i].scales, scales, at, quarter * SPAN / F::GROUP);
+    if constexpr (F::HAS_BIAS) load_run<SCALES, ALIGNED>(packed[i].biases, biases, at, quarter * SPAN / F::GROUP);
+  }
+
+  template <int G>
+  __device__ __forceinline__ void unpack_groups(u32 panel, int i) const {
+    if constexpr (G < SCALES) {
+      constexpr int UNITS = SPAN / 8 / SCALES;  // of a group
+      const Scale scale = element_of<G, Scale>(packed[i].scales);
+      Scale bias{};
+      if constexpr (F::HAS_BIAS) bias = element_of<G, Scale>(packed[i].biases);
+#pragma unroll
+      for (int u = G * UNITS; u < (G + 1) * UNITS; ++u) {
+        u32 x[4];
+        if constexpr (NIBBLES_TO_BF16) {
+          take_bfloat16_nibbles(x, packed[i].codes[u]);
+          scale_bfloat16(x, scale, bias);
+        } else {
+          unpack_keys<F>(x, packed[i].codes, u / 4, u % 4);
+          apply_scale(x, scale, bias);
+        }
+        store_unit(panel + u / 8 * PANEL_BYTES + swizzled(row + 8 * i, u % 8), x);
+      }
+      unpack_groups<G + 1>(panel, i);
+    }
+  }
+
+  // Bfloat16 has room for four bits beside the 128 of 0x4300: integers need no detour over halves and float32.
+  static constexpr bool NIBBLES_TO_BF16 =
+      BF16 && sizeof(Scale) == 2 && F::BITS == 4 && (F::MODE == AFFINE || F::MODE == SYMMETRIC);
+
+  // The pairs of take_nibbles(), as bfloat16.
+  __device__ __forceinline__ static void take_bfloat16_nibbles(u32 (&x)[4], u32 w) {
+    constexpr u32 ONE = 0x3f803f80u, LESS_BASE = F::CENTER == 8 ? 0xc308c308u : 0xc300c300u;  // -136 or -128
+    static_assert(F::CENTER == 0 || F::CENTER == 8, "of four bits");
+#pragma unroll
+    for (int p = 0; p < 4; ++p) x[p] = fma_bfloat162(and_or(w >> (4 * p), 0x000f000fu, 0x43004300u), ONE, LESS_BASE);
+  }
+
+  __device__ __forceinline__ static void scale_bfloat16(u32 (&x)[4], Scale scale, Scale bias) {
+    const u32 s = raw_bits(scale) * 0x10001u, b = F::HAS_BIAS ? raw_bits(bias) * 0x10001u : 0x80008000u;
+#pragma unroll
+    for (int p = 0; p < 4; ++p) x[p] = fma_bfloat162(x[p], s, b);
+  }
+
+  // Codes (exact halves) to values of T.
+  __device__ __forceinline__ static void apply_scale(u32 (&x)[4], Scale scale, Scale bias) {
+    if constexpr (sizeof(Scale) == 2 && !BF16) {
+      const u32 s = raw_bits(scale) * 0x10001u, b = F::HAS_BIAS ? raw_bits(bias) * 0x10001u : 0;
+#pragma unroll
+      for (int p = 0; p < 4; ++p) x[p] = F::HAS_BIAS ? fma_half2(x[p], s, b) : mul_half2(x[p], s);
+    } else {
+      float s, b = 0.0f;
+      if constexpr (F::MODE == NVFP4) {
+        s = low_half(e4m3_pair(scale, 0)) * F::CODE_FACTOR;
+      } else {
+        s = scale_value(scale) * F::CODE_FACTOR;
+      }
+      if constexpr (F::HAS_BIAS) b = scale_value(bias);
+#pragma unroll
+      for (int p = 0; p < 4; ++p) x[p] = pack_pair<BF16>(fmaf(low_half(x[p]), s, b), fmaf(high_half(x[p]), s, b));
+    }
+  }
+};
+
+}  // namespace qsdpa
