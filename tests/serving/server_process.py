@@ -1,12 +1,13 @@
 """mlx-lm's real server in a process of its own, started as a user would, plus a way to ask how it is doing.
 
 Run as ``python -m tests.serving.server_process STATUS_FILE SERVER_ARGUMENTS...``. On SIGUSR1 it writes to STATUS_FILE
-the widest batch so far, the active memory and the report; the server itself is untouched. With FAIL_AT_CALL in the
-environment, the CPU kernel raises at that call, once.
+the widest batch so far, how many caches are alive and the report; the server itself is untouched. With FAIL_AT_CALL in
+the environment, the CPU kernel raises at that call, once.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -33,7 +34,7 @@ class Server:
     log: Path
 
     def status(self) -> dict[str, Any]:
-        """``widest_batch``, ``active_memory`` in bytes, ``calls`` per route."""
+        """``widest_batch``, ``live_caches`` of quantized rows, ``calls`` per route."""
         self.status_file.unlink(missing_ok=True)
         self.process.send_signal(signal.SIGUSR1)
         for _ in range(300):
@@ -100,9 +101,10 @@ def _make_kernel_fail(at_call: int) -> None:
 
 
 def _main(status_file: str, arguments: list[str]) -> None:
-    import mlx.core as mx
     import mlx_lm.server
     from mlx_lm.generate import GenerationBatch
+
+    from qsdpa_patch.caches.base import QuantizedCache
 
     if os.environ.get("FAIL_AT_CALL"):
         _make_kernel_fail(int(os.environ["FAIL_AT_CALL"]))
@@ -117,10 +119,11 @@ def _main(status_file: str, arguments: list[str]) -> None:
     GenerationBatch._step = counting_step
 
     def write_status(*_: object) -> None:
+        gc.collect()
         patch = sys.modules.get("qsdpa_patch")
         status = {
             "widest_batch": widest,
-            "active_memory": mx.get_active_memory(),
+            "live_caches": sum(isinstance(each, QuantizedCache) for each in gc.get_objects()),
             "calls": patch.report().calls if patch else {},
         }
         partial = Path(f"{status_file}.partial")
