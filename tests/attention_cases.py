@@ -14,7 +14,7 @@ import mlx.core as mx
 from qsdpa_patch.kernels import reference
 from qsdpa_patch.kernels.attention_call import AttentionCall, RopeTerm, check_call
 from qsdpa_patch.kernels.format import AFFINE_BITS, AFFINE_GROUP_SIZES, FLOAT_FORMATS, Format
-from qsdpa_patch.kernels.quantized_tensor import QuantizedTensor, quantize
+from qsdpa_patch.kernels.quantized_tensor import PackedStack, QuantizedTensor, quantize, stack_parts
 
 TOLERANCES = {mx.float16: 2e-3, mx.bfloat16: 1e-2, mx.float32: 1e-5}
 """Largest error over largest magnitude, by dtype of the queries."""
@@ -29,7 +29,11 @@ FORMATS = (
 
 @dataclass(frozen=True)
 class Case:
-    """One random call. ``capacity`` is the length of the buffers that keys and values are slices of."""
+    """One random call.
+
+    capacity: length of the buffers that keys and values are slices of.
+    stacked: keys and values share their buffers, as in a cache; they must be quantized alike.
+    """
 
     seed: int
     batch: int = 1
@@ -47,6 +51,7 @@ class Case:
     sinks: bool = False
     rope_dim: int = 0
     outliers: bool = False
+    stacked: bool = False
 
     @property
     def is_mla(self) -> bool:
@@ -58,7 +63,7 @@ class Case:
             f"seed={self.seed} B{self.batch} Hkv{self.kv_heads} G{self.group} L{self.length} N{self.count} "
             f"D{self.key_dim} Dv{self.value_dim} {dtype} K:{self.key_format} V:{self.value_format} mask={self.mask}"
             f"{' sinks' if self.sinks else ''}{f' rope{self.rope_dim}' if self.rope_dim else ''}"
-            f"{' outliers' if self.outliers else ''}"
+            f"{' outliers' if self.outliers else ''}{' stacked' if self.stacked else ''}"
         )
 
 
@@ -88,6 +93,7 @@ def random_case(seed: int, *, max_count: int = 700, max_length: int = 16) -> Cas
         mask=rng.choice(MASKS),
         sinks=rng.random() < 0.25,
         outliers=rng.random() < 0.25,
+        stacked=(key_dim, key_format) == (value_dim, value_format) and rng.random() < 0.75,
     )
 
 
@@ -120,8 +126,7 @@ def build(case: Case) -> AttentionCall:
     mx.random.seed(case.seed)
     heads = case.kv_heads * case.group
     queries = mx.random.normal((case.batch, heads, case.length, case.key_dim)).astype(case.dtype)
-    keys = _quantized_slice(case, case.key_dim, case.key_format)
-    values = keys if case.is_mla else _quantized_slice(case, case.value_dim, case.value_format)
+    keys, values = _keys_values(case)
     rope = None
     if case.is_mla:
         rope_queries = 0.1 * mx.random.normal((case.batch, heads, case.length, case.rope_dim))
@@ -157,15 +162,34 @@ def relative_error(actual: mx.array, wanted: mx.array) -> float:
         return worst / peak if peak else worst
 
 
-def _quantized_slice(case: Case, dim: int, format: Format) -> QuantizedTensor:
-    """Random rows, quantized, as the first ``count`` positions of buffers of ``capacity`` (the rest is garbage)."""
+def _keys_values(case: Case) -> tuple[QuantizedTensor, QuantizedTensor]:
+    """Keys and values as the first ``count`` positions of buffers of ``capacity`` (the rest is garbage)."""
+    keys = _quantized_buffer(case, case.key_dim, case.key_format)
+    if case.is_mla:
+        values = keys = _slice(case, keys)
+        return keys, values
+    values = _quantized_buffer(case, case.value_dim, case.value_format)
+    if not case.stacked:
+        return _slice(case, keys), _slice(case, values)
+    buffers = stack_parts([keys.parts, values.parts])
+    mx.eval(buffers)
+    codes, scales = (buffer[:, :, : case.count] for buffer in buffers)
+    keys, values = PackedStack(codes, scales, 2, keys.format, dim=case.key_dim, dtype=case.dtype).tensors()
+    return keys, values
+
+
+def _quantized_buffer(case: Case, dim: int, format: Format) -> QuantizedTensor:
+    """Random rows, quantized."""
     x = mx.random.normal((case.batch, case.kv_heads, case.capacity, dim))
     if case.outliers:
         x[..., dim // 3] *= 50
     whole = quantize(x.astype(case.dtype), format)
     mx.eval(whole.parts)
-    codes, scales, *biases = (part[:, :, : case.count] for part in whole.parts)
-    return QuantizedTensor(codes, scales, biases[0] if biases else None, whole.format, dim=dim, dtype=case.dtype)
+    return whole
+
+
+def _slice(case: Case, whole: QuantizedTensor) -> QuantizedTensor:
+    return whole.map_parts(lambda part: part[:, :, : case.count])
 
 
 def _mask(case: Case) -> mx.array | str | None:

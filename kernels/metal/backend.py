@@ -89,7 +89,7 @@ def attend(call: AttentionCall) -> mx.array:
     threads = 32 * family.simdgroups
     dtype = mx.float32 if split else signature.dtype
     row_shape = (*shape[:3], launch.splits) if split else shape[:3]
-    outputs = _decode_kernel(family, split)(
+    outputs = _decode_kernel(family, split, call.stack is not None)(
         inputs=_inputs(call, split),
         template=[("T", signature.dtype), *_template(family)],
         grid=(launch.splits * threads, signature.kv_heads * launch.blocks, signature.batch),
@@ -112,9 +112,14 @@ def attend(call: AttentionCall) -> mx.array:
 
 def _inputs(call: AttentionCall, split: bool) -> list[mx.array]:
     """The arrays of a call, in the order of :func:`_input_names`."""
-    inputs = [mx.contiguous(call.queries), _scalar(call.scale), *call.keys.parts]
-    if not call.signature.shared_kv:
-        inputs += call.values.parts
+    inputs = [mx.contiguous(call.queries), _scalar(call.scale)]
+    stack = call.stack
+    if stack is not None:
+        inputs += [stack.codes, stack.scales]
+    else:
+        inputs += call.keys.parts
+        if not call.signature.shared_kv:
+            inputs += call.values.parts
     if isinstance(call.mask, mx.array):
         inputs.append(call.mask)
     if call.sinks is not None and not split:
@@ -124,10 +129,14 @@ def _inputs(call: AttentionCall, split: bool) -> list[mx.array]:
     return inputs
 
 
-def _input_names(signature: Signature, split: bool) -> list[str]:
-    names = ["queries", "scale", *_part_names("key", signature.key_format)]
-    if not signature.shared_kv:
-        names += _part_names("value", signature.value_format)
+def _input_names(signature: Signature, split: bool, stacked: bool) -> list[str]:
+    names = ["queries", "scale"]
+    if stacked:
+        names += ["codes", "scales"]
+    else:
+        names += _part_names("key", signature.key_format)
+        if not signature.shared_kv:
+            names += _part_names("value", signature.value_format)
     if signature.mask in ("bool", "additive"):
         names.append("mask")
     if signature.has_sinks and not split:
@@ -168,12 +177,13 @@ def _template(family: Family) -> list[tuple[str, int | bool]]:
 
 
 @cache
-def _decode_kernel(family: Family, split: bool) -> Callable[..., list[mx.array]]:
+def _decode_kernel(family: Family, split: bool, stacked: bool) -> Callable[..., list[mx.array]]:
+    """``stacked``: keys and values come as the two arrays of a :class:`PackedStack`."""
     return metal_kernel(
         name="qsdpa_decode_split" if split else "qsdpa_decode",
-        input_names=_input_names(family.signature, split),
+        input_names=_input_names(family.signature, split, stacked),
         output_names=["partials", "stats"] if split else ["output"],
-        header=sources.decode_header(family.signature, split),
+        header=sources.decode_header(family.signature, split, stacked),
         source=sources.decode_body(family.kind),
         ensure_row_contiguous=False,
     )

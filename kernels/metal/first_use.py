@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 
 import mlx.core as mx
@@ -16,7 +17,7 @@ from qsdpa_patch.kernels import reference
 from qsdpa_patch.kernels.attention_call import AttentionCall, RopeTerm, Signature, check_call
 from qsdpa_patch.kernels.format import Format
 from qsdpa_patch.kernels.metal.plan import KEYS_PER_SPLIT, Family, family_of
-from qsdpa_patch.kernels.quantized_tensor import QuantizedTensor, quantize
+from qsdpa_patch.kernels.quantized_tensor import PackedStack, QuantizedTensor, quantize, stack_parts
 
 __all__ = ["check"]
 
@@ -39,7 +40,8 @@ def check(family: Family, signature: Signature, attend: Attend) -> tuple[bool, s
 @cache
 def _check(family: Family, signature: Signature, attend: Attend) -> tuple[bool, str]:
     try:
-        error = max(_error(signature, max(count, signature.query_length), attend) for count in _COUNTS)
+        calls = (_small_call(signature, max(count, signature.query_length)) for count in _COUNTS)
+        error = max(_error(kind, attend) for call in calls for kind in (call, _stacked(call)) if kind is not None)
     except (RuntimeError, ValueError) as failure:
         return _refuse(signature, f"the Metal kernel does not run here: {failure}")
     if not error <= _TOLERANCES[signature.dtype]:
@@ -57,9 +59,8 @@ def _refuse(signature: Signature, reason: str) -> tuple[bool, str]:
     return False, reason
 
 
-def _error(signature: Signature, count: int, attend: Attend) -> float:
-    """Largest error of a small call, relative to the largest magnitude of the reference."""
-    call = _small_call(signature, count)
+def _error(call: AttentionCall, attend: Attend) -> float:
+    """Largest error of ``call``, relative to the largest magnitude of the reference."""
     actual = attend(call)
     with mx.stream(mx.cpu):  # some GPUs multiply float32 matrices with fewer bits
         wanted = reference.attend(call).astype(mx.float32)
@@ -92,3 +93,13 @@ def _small_call(sig: Signature, count: int) -> AttentionCall:
     queries = normal(1, sig.query_heads, sig.query_length, sig.key_dim)
     sinks = normal(sig.query_heads) if sig.has_sinks else None
     return check_call(queries, keys, values, scale=sig.key_dim**-0.5, mask=mask, sinks=sinks, rope=rope)
+
+
+def _stacked(call: AttentionCall) -> AttentionCall | None:
+    """``call`` with keys and values in two arrays, as they come from a cache; ``None`` where they are not alike."""
+    keys, values = call.keys, call.values
+    if keys is values or (keys.format, keys.dim, keys.scale_dtype) != (values.format, values.dim, values.scale_dtype):
+        return None
+    codes, scales = stack_parts([keys.parts, values.parts])
+    keys, values = PackedStack(codes, scales, 2, keys.format, dim=keys.dim, dtype=keys.dtype).tensors()
+    return replace(call, keys=keys, values=values)

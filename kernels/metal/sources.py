@@ -38,8 +38,9 @@ def merge_body() -> str:
 
 
 @cache
-def decode_header(signature: Signature, split: bool) -> str:
-    """Functions for the decode kernel, and which inputs it has."""
+def decode_header(signature: Signature, split: bool, stacked: bool) -> str:
+    """Functions for the decode kernel, and which inputs it has. ``stacked``: keys and values share two arrays."""
+    biased = stacked and signature.key_format.has_biases
     defines = {
         "SPLIT": split,
         "HAS_MASK": signature.mask in ("bool", "additive"),
@@ -47,8 +48,24 @@ def decode_header(signature: Signature, split: bool) -> str:
         "IS_CAUSAL": signature.mask == "causal",
         "HAS_SINKS": signature.has_sinks,
         "HAS_ROPE": signature.rope_dim > 0,
+        # Of a PackedStack: how many sides it has, and before which planes there are how many times the key heads.
+        "STACKED": 2 if stacked else 1,
+        "VALUES_AT": stacked,
+        "KEY_BIASES_AT": 2 if biased else 0,
+        "VALUE_BIASES_AT": 3 if biased else stacked,
     }
     lines = [f"#define {name} {int(value)}" for name, value in defines.items()]
+    for name, other in _aliases(signature, stacked).items():
+        lines += [f"#define {name}{suffix} {other}{suffix}" for suffix in ("", "_shape", "_strides")]
+    functions = _read("dequantize.metal") + _read("fragments.metal") + _read("attention.metal")
+    return functions + "\n".join(lines) + "\n"
+
+
+def _aliases(signature: Signature, stacked: bool) -> dict[str, str]:
+    """Names of the sources for parts that are no input of their own, and the inputs in which they are."""
+    if stacked:
+        parts = [(f"{side}_{part}", part) for side in ("key", "value") for part in ("codes", "scales")]
+        return dict(parts) | {"key_biases": "scales", "value_biases": "scales"}
     aliases = {}
     if not signature.key_format.has_biases:
         aliases["key_biases"] = "key_scales"
@@ -56,10 +73,7 @@ def decode_header(signature: Signature, split: bool) -> str:
         aliases |= {f"value_{part}": f"key_{part}" for part in ("codes", "scales", "biases")}
     elif not signature.value_format.has_biases:
         aliases["value_biases"] = "value_scales"
-    for name, other in aliases.items():
-        lines += [f"#define {name} {other}", f"#define {name}_strides {other}_strides"]
-    functions = _read("dequantize.metal") + _read("fragments.metal") + _read("attention.metal")
-    return functions + "\n".join(lines) + "\n"
+    return aliases
 
 
 @cache
