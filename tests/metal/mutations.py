@@ -27,6 +27,7 @@ _CAUSAL = Case(seed=2, group=3, length=5, count=70, capacity=70, mask="causal", 
 _TEAM = Case(seed=3, group=16, count=75, capacity=90, key_dim=64, value_dim=256, batch=2)
 _MLA = Case(seed=4, kv_heads=1, group=20, count=75, capacity=90, key_dim=256, value_dim=256, rope_dim=64)
 _ROPE = replace(_MLA, key_dim=128, value_dim=128)
+_STACKED = replace(_SMALL, stacked=True)
 _MLA_MASK = replace(_MLA, mask="bool", sinks=True)
 _FLOAT4 = Case(
     seed=5, group=5, count=70, capacity=70, key_format=Format.named("mxfp4"), value_format=Format.named("nvfp4")
@@ -171,8 +172,8 @@ MUTATIONS = (
     Mutation(
         "every split from the first key on",
         "prologue.metal",
-        " + begin * value_codes_strides[2]",
-        "",
+        "begin * value_codes_strides[2]",
+        "0",
         "wrong",
     ),
     Mutation(
@@ -236,6 +237,26 @@ MUTATIONS = (
     ),
     Mutation(
         "batch stride of values ignored", "prologue.metal", "batch * value_scales_strides[0]", "0", "wrong", _TEAM
+    ),
+    Mutation("stacked: key heads counted with values", "prologue.metal", "/ STACKED", "", "zero|wrong|slice", _STACKED),
+    Mutation(
+        "stacked: keys for values", "prologue.metal", "kv_head + VALUES_AT * kv_heads", "kv_head", "wrong", _STACKED
+    ),
+    Mutation(
+        "stacked: scales for biases of keys",
+        "prologue.metal",
+        "kv_head + KEY_BIASES_AT * kv_heads",
+        "kv_head",
+        "wrong",
+        _STACKED,
+    ),
+    Mutation(
+        "stacked: biases of keys for those of values",
+        "prologue.metal",
+        "kv_head + VALUE_BIASES_AT * kv_heads",
+        "key_bias_plane",
+        "wrong",
+        _STACKED,
     ),
     Mutation("scores not scaled", "matrix.metal", "scores[r][k] *= scale;", "", "wrong"),
     Mutation(
