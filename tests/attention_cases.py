@@ -97,6 +97,29 @@ def random_case(seed: int, *, max_count: int = 700, max_length: int = 16) -> Cas
     )
 
 
+def random_prefill_case(seed: int) -> Case:
+    """A case of more query rows than the kernels for decoding take, of dimensions that MLX may have no kernel for."""
+    rng = random.Random(seed)
+    some = 32 * rng.randint(1, 16)
+    key_dim, value_dim = rng.choice(((256, 256), (256, 256), (512, 512), (192, 128), (some, 288), (160, some)))
+    length = rng.choice((17, rng.randint(17, 300), rng.randint(17, 150), 128))
+    case = random_case(seed)
+    count = max(length, case.count)
+    key_format = case.key_format.fit(key_dim)[0]
+    return replace(
+        case,
+        group=rng.choice((1, 2, 3, 4, 8)),
+        length=length,
+        count=count,
+        capacity=count + rng.choice((0, 1, 29, 156)),
+        key_dim=key_dim,
+        value_dim=value_dim,
+        dtype=rng.choice((mx.float16, mx.bfloat16)),
+        key_format=key_format,
+        value_format=case.value_format.fit(value_dim)[0],
+    )
+
+
 def random_mla_case(seed: int, *, max_count: int = 400) -> Case:
     """A case of absorbed MLA decode: one latent that is both keys and values, and a rope term."""
     rng = random.Random(seed)

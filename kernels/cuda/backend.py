@@ -19,6 +19,7 @@ from qsdpa_patch.kernels.cuda.plan import MAX_QUERY_LENGTH, Unsupported, decode_
 from qsdpa_patch.kernels.cuda.prefill import PrefillKernel, prefill_kernel
 from qsdpa_patch.kernels.cuda.prefill_plan import CHECKED_LENGTH, prefill_plan
 from qsdpa_patch.kernels.cuda.self_check import failure
+from qsdpa_patch.kernels.dequantized_sdpa import has_fused_sdpa
 
 __all__ = ["attend", "has_fused_kernel", "is_available"]
 
@@ -73,6 +74,8 @@ def _kernel(signature: Signature) -> DecodeKernel | MlaKernel | PrefillKernel | 
     limits = device_limits()
     assert limits is not None
     if signature.query_length > MAX_QUERY_LENGTH:
+        if not signature.rope_dim and has_fused_sdpa(signature)[0]:
+            return f"{signature.query_length} query rows, for which MLX has a fused kernel over dequantized keys"
         try:
             few = signature._replace(batch=1, query_length=CHECKED_LENGTH)  # the kernel is the same
             problem = failure(prefill_kernel(prefill_plan(few, limits)))

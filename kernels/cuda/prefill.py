@@ -41,6 +41,8 @@ class PrefillKernel:
     def __call__(self, call: AttentionCall) -> mx.array:
         """Attention ``[B, Hq, L, Dv]`` of ``call``, lazy."""
         plan, sig = self.plan, self.plan.signature
+        if call.key_count == 0:
+            return mx.zeros(self._out_shape, sig.dtype)
         mask = call.mask if isinstance(call.mask, mx.array) else None
         inputs = [call.queries, *call.keys.parts, *call.values.parts]
         if mask is not None:

@@ -12,11 +12,14 @@ from qsdpa_patch.kernels.cuda.warpgroups import TILE, check_warpgroup_operands
 
 __all__ = ["CHECKED_LENGTH", "PrefillPlan", "prefill_plan"]
 
-ROWS = 128
-"""Query rows of a thread block: 64 for each of two groups of consumers."""
-_DIM = 256
-"""Of keys and values: MLX has no fused attention for it on CUDA, and one warpgroup holds an output row of it."""
-_STAGES = 2
+_PANEL = 64
+"""Columns of a tile that lie together in shared memory."""
+_CONSUMER_ROWS = 64
+"""Query rows of a product of a warpgroup; two warpgroups multiply."""
+_MOST_COLUMNS = 256
+"""Of an output row that the registers of one warpgroup hold; longer rows are shared by two."""
+_STAGES = ((2, 2), (2, 1), (1, 1))
+"""Tiles of keys and of values in shared memory: the first pair that fits is taken."""
 CHECKED_LENGTH = 45
 """Query positions of the check at first use."""
 
@@ -25,16 +28,18 @@ CHECKED_LENGTH = 45
 class PrefillPlan:
     """How calls of one signature run.
 
-    row_tiles: tiles of 128 query rows (positions times heads of a group). shared_bytes: dynamic shared memory of a
-    thread block.
+    rows: query rows (positions times heads of a group) of a thread block. row_tiles: thread blocks of a KV head.
+    key_stages, value_stages: tiles of each in shared memory. shared_bytes: dynamic shared memory of a thread block.
     """
 
     signature: Signature
+    rows: int
     row_tiles: int
+    key_stages: int
+    value_stages: int
     shared_bytes: int
 
-    threads = 384
-    rows = ROWS
+    threads = 512
     keys_to_check = 5 * TILE - 7
     """Of the check at first use: several rounds of the rings, the last tile in part."""
 
@@ -48,14 +53,26 @@ def prefill_plan(sig: Signature, limits: DeviceLimits) -> PrefillPlan:
     """
     if sig.query_length <= MAX_QUERY_LENGTH:
         raise Unsupported(f"query length {sig.query_length}: the kernel for decoding takes up to {MAX_QUERY_LENGTH}")
-    if (sig.key_dim, sig.value_dim, sig.rope_dim) != (_DIM, _DIM, 0):
-        raise Unsupported(
-            f"{sig.query_length} query rows of {sig.key_dim} dimensions against values of {sig.value_dim}: the fused "
-            f"kernel for more than {MAX_QUERY_LENGTH} takes {_DIM} and {_DIM}, without a rope term"
-        )
+    if sig.rope_dim:
+        raise Unsupported(f"a rope term with {sig.query_length} query rows: the fused kernel for so many takes none")
+    for name, dim in (("key", sig.key_dim), ("value", sig.value_dim)):
+        if dim % 32 or not 32 <= dim <= 512:
+            raise Unsupported(f"{name} dimension {dim}: the fused kernel takes multiples of 32 from 32 to 512")
     check_warpgroup_operands(sig, limits)
-    shared = 2 * (_STAGES + _STAGES) * TILE * _DIM + 2 * 2 * TILE * _DIM + 4 * 8 * _STAGES
-    if shared > limits.shared_per_block:
-        raise Unsupported(f"tiles of {_DIM} dimensions do not fit into shared memory")
-    rows = sig.query_heads // sig.kv_heads * sig.query_length
-    return PrefillPlan(sig, -(-rows // ROWS), shared)
+    rows = _CONSUMER_ROWS * (2 if sig.value_dim <= _MOST_COLUMNS else 1)
+    row_tiles = -(-(sig.query_heads // sig.kv_heads * sig.query_length) // rows)
+    for stages in _STAGES:
+        shared = shared_bytes(sig, rows, *stages)
+        if shared <= limits.shared_per_block:
+            return PrefillPlan(sig, rows, row_tiles, *stages, shared)
+    raise Unsupported(f"tiles of {sig.key_dim} and {sig.value_dim} dimensions do not fit into shared memory")
+
+
+def shared_bytes(sig: Signature, rows: int, key_stages: int, value_stages: int) -> int:
+    """Shared memory of a block: the sum that ``PrefillConfig`` in ``prefill.cuh`` makes (and is checked against)."""
+    panel = TILE * _PANEL * 2
+    key_tile = -(-sig.key_dim // _PANEL) * panel
+    sides = 2 * _CONSUMER_ROWS // rows
+    value_tile = sides * -(-sig.value_dim // (sides * _PANEL)) * panel
+    tiles = (key_stages + rows // TILE) * key_tile + value_stages * value_tile
+    return tiles + 2 * 8 * (key_stages + value_stages)

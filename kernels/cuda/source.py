@@ -42,7 +42,7 @@ _COMMON = ("ptx.cuh", "formats.cuh", "tiles.cuh", "operands.cuh")
 DECODE_HEADERS = (*_COMMON, "decode.cuh")
 _WARPGROUPS = (*_COMMON, "wgmma.cuh", "unpack.cuh", "softmax.cuh")
 MLA_HEADERS = (*_WARPGROUPS, "mla.cuh")
-PREFILL_HEADERS = (*_WARPGROUPS, "prefill.cuh")
+PREFILL_HEADERS = (*_WARPGROUPS, "panels.cuh", "prefill.cuh")
 _TYPES = {mx.float16: "__half", mx.bfloat16: "__nv_bfloat16", mx.float32: "float", mx.uint8: "uint8_t"}
 
 DECODE_OUTPUTS = ["out", "partials", "stats"]
@@ -197,7 +197,7 @@ def prefill_body(name: str, plan: PrefillPlan, mask_type: str, sink_type: str) -
             f"{sig.key_dim}, {sig.value_dim}",
             _format(sig.key_format, sig.key_scale_dtype),
             _format(sig.value_format, sig.value_scale_dtype),
-            f"{mask_kind(sig)}, {mask_type}, {sink_type}",
+            f"{mask_kind(sig)}, {mask_type}, {sink_type}, {plan.key_stages}, {plan.value_stages}",
         )
     )
     return (

@@ -13,6 +13,9 @@ namespace qsdpa {
 constexpr int TILE_ROWS = 64;
 constexpr int PANEL_BYTES = TILE_ROWS * 128;  // of 64 columns of a tile
 
+// Of so many columns.
+__device__ constexpr int panels(int columns) { return (columns + PANEL_COLUMNS - 1) / PANEL_COLUMNS; }
+
 template <bool BF16>
 __device__ __forceinline__ u32 pack_pair(float low, float high) {
   if constexpr (BF16) {
@@ -100,7 +103,8 @@ __device__ __forceinline__ void pair_elements(u32 (&x)[4], const u32 (&elements)
 }
 
 // Rows of queries into shared memory, in the order of dimensions of the tiles, by WARPS warps: `row_of` gives a row's
-// first element. ALIGNED: elements follow each other, and rows begin at multiples of 8 bytes.
+// first element. Columns past the last, up to a whole panel, are zeros. ALIGNED: elements follow each other, and rows
+// begin at multiples of 8 bytes.
 template <typename F, int D, int ROWS, int WARPS, bool ALIGNED, typename RowOf>
 __device__ __forceinline__ void load_queries(u32 tile, int warp, i64 stride, RowOf row_of) {
   constexpr int HIGH = F::PAIRED_BLOCKS ? 8 : F::BITS == 8 ? 16 : 4;  // between the two runs of four of a unit
@@ -110,20 +114,23 @@ __device__ __forceinline__ void load_queries(u32 tile, int warp, i64 stride, Row
   for (int row = warp; row < ROWS; row += WARPS) {
     const auto* source = row_of(row);
 #pragma unroll
-    for (int unit = lane; unit < D / 8; unit += 32) {
-      const int first = key_dim<F>(unit / 4, unit % 4, 0, 0);
-      u32 elements[8], x[4];
-      if constexpr (ALIGNED) {
-        const uint2 low = *reinterpret_cast<const uint2*>(source + first);
-        const uint2 high = *reinterpret_cast<const uint2*>(source + first + HIGH);
-        const u32 words[4] = {low.x, low.y, high.x, high.y};
+    for (int unit = lane; unit < panels(D) * 8; unit += 32) {
+      u32 x[4] = {};
+      if (D % PANEL_COLUMNS == 0 || unit < D / 8) {
+        const int first = key_dim<F>(unit / 4, unit % 4, 0, 0);
+        u32 elements[8];
+        if constexpr (ALIGNED) {
+          const uint2 low = *reinterpret_cast<const uint2*>(source + first);
+          const uint2 high = *reinterpret_cast<const uint2*>(source + first + HIGH);
+          const u32 words[4] = {low.x, low.y, high.x, high.y};
 #pragma unroll
-        for (int i = 0; i < 8; ++i) elements[i] = i % 2 ? words[i / 2] >> 16 : words[i / 2] & 0xffff;
-      } else {
+          for (int i = 0; i < 8; ++i) elements[i] = i % 2 ? words[i / 2] >> 16 : words[i / 2] & 0xffff;
+        } else {
 #pragma unroll
-        for (int i = 0; i < 8; ++i) elements[i] = raw_bits(source[(first + i % 4 + i / 4 * HIGH) * stride]);
+          for (int i = 0; i < 8; ++i) elements[i] = raw_bits(source[(first + i % 4 + i / 4 * HIGH) * stride]);
+        }
+        pair_elements<F, HIGH>(x, elements);
       }
-      pair_elements<F, HIGH>(x, elements);
       store_unit(tile + unit / 8 * PANEL_BYTES + swizzled(row, unit % 8), x);
     }
   }
@@ -141,11 +148,57 @@ __device__ __forceinline__ void load_unit(u32 (&x)[4], const T* source, i64 stri
   }
 }
 
+// Codes of four bits as the pairs of take_nibbles(), in bfloat16: it has room for them beside the 128 of 0x4300, so that
+// integers need no detour over halves and float32.
+template <typename F>
+__device__ __forceinline__ void take_bfloat16_nibbles(u32 (&x)[4], u32 w) {
+  constexpr u32 ONE = 0x3f803f80u, LESS_BASE = F::CENTER == 8 ? 0xc308c308u : 0xc300c300u;  // -136 or -128
+  static_assert(F::CENTER == 0 || F::CENTER == 8, "of four bits");
+#pragma unroll
+  for (int p = 0; p < 4; ++p) x[p] = fma_bfloat162(and_or(w >> (4 * p), 0x000f000fu, 0x43004300u), ONE, LESS_BASE);
+}
+
+// Codes (exact halves) to values of T.
+template <typename T, typename F>
+__device__ __forceinline__ void apply_scale(u32 (&x)[4], typename F::Scale scale, typename F::Scale bias) {
+  constexpr bool BF16 = IsBfloat16<T>::value;
+  if constexpr (sizeof(scale) == 2 && !BF16) {
+    const u32 s = raw_bits(scale) * 0x10001u, b = F::HAS_BIAS ? raw_bits(bias) * 0x10001u : 0;
+#pragma unroll
+    for (int p = 0; p < 4; ++p) x[p] = F::HAS_BIAS ? fma_half2(x[p], s, b) : mul_half2(x[p], s);
+  } else {
+    float s, b = 0.0f;
+    if constexpr (F::MODE == NVFP4) {
+      s = low_half(e4m3_pair(scale, 0)) * F::CODE_FACTOR;
+    } else {
+      s = scale_value(scale) * F::CODE_FACTOR;
+    }
+    if constexpr (F::HAS_BIAS) b = scale_value(bias);
+#pragma unroll
+    for (int p = 0; p < 4; ++p) x[p] = pack_pair<BF16>(fmaf(low_half(x[p]), s, b), fmaf(high_half(x[p]), s, b));
+  }
+}
+
+// Unit number t of block number `block` of codes in registers, as values of T: see unpack_keys().
+template <typename T, typename F, int WORDS>
+__device__ __forceinline__ void unpack_unit(u32 (&x)[4], const u32 (&codes)[WORDS], int block, int t,
+                                            typename F::Scale scale, typename F::Scale bias) {
+  constexpr bool INTEGERS = F::MODE == AFFINE || F::MODE == SYMMETRIC;
+  if constexpr (IsBfloat16<T>::value && INTEGERS && F::BITS == 4 && sizeof(scale) == 2) {
+    take_bfloat16_nibbles<F>(x, codes[4 * block + t]);
+    const u32 s = raw_bits(scale) * 0x10001u, b = F::HAS_BIAS ? raw_bits(bias) * 0x10001u : 0x80008000u;
+#pragma unroll
+    for (int p = 0; p < 4; ++p) x[p] = fma_bfloat162(x[p], s, b);
+  } else {
+    unpack_keys<F>(x, codes, block, t);
+    apply_scale<T, F>(x, scale, bias);
+  }
+}
+
 // Of one operand, by THREADS threads. A thread fetches up to MOST_WORDS words of codes ahead.
 template <typename T, typename F, int D, int THREADS, int MOST_WORDS>
 class TileUnpacker {
   using Scale = typename F::Scale;
-  static constexpr bool BF16 = IsBfloat16<T>::value;
   static constexpr int PASSES = TILE_ROWS * 4 / THREADS;  // rows of a thread, eight apart
   static constexpr int SPAN = D / 4, WORDS = SPAN * F::BITS / 32;
   static constexpr int AHEAD = PASSES * WORDS <= MOST_WORDS ? PASSES : 1;  // rows of the next tile that registers hold
@@ -223,53 +276,10 @@ class TileUnpacker {
 #pragma unroll
       for (int u = G * UNITS; u < (G + 1) * UNITS; ++u) {
         u32 x[4];
-        if constexpr (NIBBLES_TO_BF16) {
-          take_bfloat16_nibbles(x, packed[i].codes[u]);
-          scale_bfloat16(x, scale, bias);
-        } else {
-          unpack_keys<F>(x, packed[i].codes, u / 4, u % 4);
-          apply_scale(x, scale, bias);
-        }
+        unpack_unit<T, F>(x, packed[i].codes, u / 4, u % 4, scale, bias);
         store_unit(panel + u / 8 * PANEL_BYTES + swizzled(row + 8 * i, u % 8), x);
       }
       unpack_groups<G + 1>(panel, i);
-    }
-  }
-
-  // Bfloat16 has room for four bits beside the 128 of 0x4300: integers need no detour over halves and float32.
-  static constexpr bool NIBBLES_TO_BF16 =
-      BF16 && sizeof(Scale) == 2 && F::BITS == 4 && (F::MODE == AFFINE || F::MODE == SYMMETRIC);
-
-  // The pairs of take_nibbles(), as bfloat16.
-  __device__ __forceinline__ static void take_bfloat16_nibbles(u32 (&x)[4], u32 w) {
-    constexpr u32 ONE = 0x3f803f80u, LESS_BASE = F::CENTER == 8 ? 0xc308c308u : 0xc300c300u;  // -136 or -128
-    static_assert(F::CENTER == 0 || F::CENTER == 8, "of four bits");
-#pragma unroll
-    for (int p = 0; p < 4; ++p) x[p] = fma_bfloat162(and_or(w >> (4 * p), 0x000f000fu, 0x43004300u), ONE, LESS_BASE);
-  }
-
-  __device__ __forceinline__ static void scale_bfloat16(u32 (&x)[4], Scale scale, Scale bias) {
-    const u32 s = raw_bits(scale) * 0x10001u, b = F::HAS_BIAS ? raw_bits(bias) * 0x10001u : 0x80008000u;
-#pragma unroll
-    for (int p = 0; p < 4; ++p) x[p] = fma_bfloat162(x[p], s, b);
-  }
-
-  // Codes (exact halves) to values of T.
-  __device__ __forceinline__ static void apply_scale(u32 (&x)[4], Scale scale, Scale bias) {
-    if constexpr (sizeof(Scale) == 2 && !BF16) {
-      const u32 s = raw_bits(scale) * 0x10001u, b = F::HAS_BIAS ? raw_bits(bias) * 0x10001u : 0;
-#pragma unroll
-      for (int p = 0; p < 4; ++p) x[p] = F::HAS_BIAS ? fma_half2(x[p], s, b) : mul_half2(x[p], s);
-    } else {
-      float s, b = 0.0f;
-      if constexpr (F::MODE == NVFP4) {
-        s = low_half(e4m3_pair(scale, 0)) * F::CODE_FACTOR;
-      } else {
-        s = scale_value(scale) * F::CODE_FACTOR;
-      }
-      if constexpr (F::HAS_BIAS) b = scale_value(bias);
-#pragma unroll
-      for (int p = 0; p < 4; ++p) x[p] = pack_pair<BF16>(fmaf(low_half(x[p]), s, b), fmaf(high_half(x[p]), s, b));
     }
   }
 };

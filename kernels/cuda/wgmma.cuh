@@ -112,6 +112,22 @@ __device__ __forceinline__ void multiply_columns(float (&c)[16][4], const u32 (&
 #undef QSDPA_PRODUCT
 }
 
+// c[64 x 64] += a * b, likewise.
+template <bool BF16>
+__device__ __forceinline__ void multiply_columns(float (&c)[8][4], const u32 (&a)[4], u64 b) {
+#define QSDPA_PRODUCT(TYPE)                                                              \
+  asm volatile("{.reg .pred p; setp.eq.u32 p, 0, 0;" QSDPA_MULTIPLY("m64n64k16", TYPE)   \
+               QSDPA_NAMES_0_31 "}, {%32,%33,%34,%35}, %36, p, 1, 1, 1;}"                \
+               : QSDPA_16(0), QSDPA_16(4)                                                \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+  if constexpr (BF16) {
+    QSDPA_PRODUCT("bf16");
+  } else {
+    QSDPA_PRODUCT("f16");
+  }
+#undef QSDPA_PRODUCT
+}
+
 #undef QSDPA_4
 #undef QSDPA_16
 #undef QSDPA_64

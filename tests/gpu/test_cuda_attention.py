@@ -22,6 +22,7 @@ from tests.attention_cases import (
     expected,
     random_case,
     random_mla_case,
+    random_prefill_case,
     relative_error,
 )
 
@@ -117,6 +118,30 @@ _PREFILL = Case(
 def test_many_query_rows_of_every_format(format: Format, dtype: mx.Dtype) -> None:
     case = replace(_PREFILL, dtype=dtype, key_format=format, value_format=format, outliers=True)
     _check(build(case), str(case))
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_random_calls_of_many_query_rows(seed: int) -> None:
+    case = random_prefill_case(seed)
+    _check(build(case), str(case))
+
+
+@pytest.mark.parametrize(("key_dim", "value_dim"), [(512, 512), (192, 128), (160, 288), (96, 480), (480, 32)])
+def test_many_query_rows_of_other_dimensions(key_dim: int, value_dim: int) -> None:
+    """Rows that end amid a panel of 64 columns, and outputs too wide for one warpgroup."""
+    case = replace(_PREFILL, key_dim=key_dim, value_dim=value_dim, key_format=Format.affine(4, 32), dtype=mx.float16)
+    case = replace(case, value_format=case.key_format, group=3)
+    _check(build(case), str(case))
+
+
+def test_prompts_take_no_memory_for_scores() -> None:
+    case = replace(_PREFILL, batch=1, group=8, length=512, count=8192, capacity=8192, dtype=mx.float16)
+    call = build(case)
+    mx.eval(backend.attend(call))
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    mx.eval(backend.attend(call))
+    assert mx.get_peak_memory() - before < 2 * call.queries.nbytes
 
 
 @pytest.mark.parametrize("mask", MASKS)

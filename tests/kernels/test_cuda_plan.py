@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 
 import mlx.core as mx
 import pytest
 
-from qsdpa_patch.kernels.attention_call import Signature
+from qsdpa_patch.kernels.attention_call import Signature, check_call
 from qsdpa_patch.kernels.cuda import backend
+from qsdpa_patch.kernels.cuda.decode import DecodeKernel
 from qsdpa_patch.kernels.cuda.device import HOPPER, DeviceLimits
 from qsdpa_patch.kernels.cuda.mla_plan import mla_plan
 from qsdpa_patch.kernels.cuda.plan import DecodePlan, Unsupported, decode_plan
+from qsdpa_patch.kernels.cuda.prefill import PrefillKernel, prefill_kernel
 from qsdpa_patch.kernels.cuda.prefill_plan import prefill_plan
 from qsdpa_patch.kernels.cuda.source import (
     DECODE_HEADERS,
@@ -31,6 +34,7 @@ from qsdpa_patch.kernels.cuda.source import (
 )
 from qsdpa_patch.kernels.cuda.warpgroups import TILE
 from qsdpa_patch.kernels.format import Format
+from qsdpa_patch.kernels.quantized_tensor import quantize
 from tests.attention_cases import FORMATS, build, random_case, random_mla_case
 
 ADA = DeviceLimits((8, 9), 128, 100 * 1024, 99 * 1024)
@@ -193,20 +197,39 @@ def _prefill_signature(**changes: object) -> Signature:
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
-def test_many_query_rows_are_taken_where_mlx_has_no_fused_attention(format: Format) -> None:
+@pytest.mark.parametrize(("key_dim", "value_dim"), [(256, 256), (512, 512), (192, 128), (128, 384)])
+def test_many_query_rows_of_every_format_fit(key_dim: int, value_dim: int, format: Format) -> None:
     scales = mx.float16 if format.is_affine else mx.uint8
-    plan = prefill_plan(_prefill_signature(key_format=format, key_scale_dtype=scales), HOPPER)
+    keys, values = format.fit(key_dim)[0], format.fit(value_dim)[0]
+    sig = _prefill_signature(
+        key_dim=key_dim, value_dim=value_dim, key_format=keys, value_format=values, key_scale_dtype=scales,
+        value_scale_dtype=scales,
+    )  # fmt: skip
+    plan = prefill_plan(sig, HOPPER)
     assert plan.row_tiles * plan.rows == 512 * 4
+    assert plan.rows == (128 if value_dim <= 256 else 64)
     assert plan.shared_bytes <= HOPPER.shared_per_block
+
+
+@pytest.mark.parametrize("value_dim", range(32, 513, 32))
+@pytest.mark.parametrize("key_dim", range(32, 513, 32))
+def test_many_query_rows_of_every_dimension_fit(key_dim: int, value_dim: int) -> None:
+    """Few tiles are in shared memory only where two of each do not fit."""
+    format = Format.affine(4, 32)
+    sig = _prefill_signature(key_dim=key_dim, value_dim=value_dim, key_format=format, value_format=format)
+    plan = prefill_plan(sig, HOPPER)
+    assert plan.shared_bytes <= HOPPER.shared_per_block
+    more = 2 * TILE * (key_dim * (plan.key_stages == 1) + value_dim * (plan.value_stages == 1))
+    assert more == 0 or plan.shared_bytes + more > HOPPER.shared_per_block
 
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
         ({"query_length": 16}, "query length 16"),
-        ({"key_dim": 128, "value_dim": 128}, "512 query rows of 128 dimensions"),
-        ({"value_dim": 128}, "against values of 128"),
-        ({"rope_dim": 64}, "without a rope term"),
+        ({"key_dim": 544}, "key dimension 544"),
+        ({"value_dim": 576}, "value dimension 576"),
+        ({"rope_dim": 64}, "a rope term with 512 query rows"),
         ({"dtype": mx.float32}, "16-bit queries"),
         ({"value_scale_dtype": mx.bfloat16}, r"bfloat16 scales with .*float16"),
     ],
@@ -214,6 +237,67 @@ def test_many_query_rows_are_taken_where_mlx_has_no_fused_attention(format: Form
 def test_the_kernel_for_many_query_rows_refuses_the_rest(changes: dict[str, object], reason: str) -> None:
     with pytest.raises(Unsupported, match=reason):
         prefill_plan(_prefill_signature(**changes), HOPPER)
+
+
+def test_the_kernel_for_many_query_rows_needs_hopper() -> None:
+    for limits in (ADA, replace(HOPPER, capability=(10, 0))):
+        with pytest.raises(Unsupported, match="has no warpgroup products"):
+            prefill_plan(_prefill_signature(), limits)
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The backend as on a Hopper device whose kernels pass their checks."""
+    monkeypatch.setattr(backend, "device_limits", lambda: HOPPER)
+    monkeypatch.setattr(backend, "is_available", lambda: (True, ""))
+    monkeypatch.setattr(backend, "failure", lambda kernel: "")
+    caches = (backend.has_fused_kernel, backend._kernel)
+    for cached in caches:
+        cached.cache_clear()
+    yield
+    for cached in caches:
+        cached.cache_clear()
+
+
+@pytest.mark.usefixtures("hopper")
+def test_many_query_rows_go_to_mlx_where_it_has_a_fused_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "has_fused_sdpa", lambda sig: (max(sig.key_dim, sig.value_dim) <= 128, ""))
+    for key_dim, value_dim in ((256, 256), (512, 512), (192, 128), (128, 160)):
+        sig = _prefill_signature(key_dim=key_dim, value_dim=value_dim, key_format=Format.affine(4, 32))
+        sig = sig._replace(value_format=sig.key_format)
+        assert backend.has_fused_kernel(sig) == (True, "")
+        assert isinstance(backend._kernel(sig), PrefillKernel)
+    taken, reason = backend.has_fused_kernel(_prefill_signature(key_dim=128, value_dim=128))
+    assert not taken
+    assert reason == "512 query rows, for which MLX has a fused kernel over dequantized keys"
+    few = _prefill_signature(key_dim=128, value_dim=128, query_length=16)
+    assert isinstance(backend._kernel(few), DecodeKernel)
+
+
+@pytest.mark.usefixtures("hopper")
+def test_a_prefill_kernel_that_fails_its_check_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: list[object] = []
+
+    def fails(kernel: object) -> str:
+        checked.append(kernel)
+        return "wrong on this device"
+
+    monkeypatch.setattr(backend, "has_fused_sdpa", lambda sig: (False, ""))
+    monkeypatch.setattr(backend, "failure", fails)
+    sig = _prefill_signature(query_length=4096, batch=3)
+    assert backend.has_fused_kernel(sig) == (False, "wrong on this device")
+    (kernel,) = checked
+    assert isinstance(kernel, PrefillKernel)
+    assert kernel.plan.signature.query_length < 64
+    assert kernel.source == prefill_kernel(prefill_plan(sig, HOPPER)).source
+
+
+def test_no_keys_give_zeros() -> None:
+    keys = quantize(mx.zeros((1, 2, 0, 256), mx.float16), Format.affine(4))
+    call = check_call(mx.ones((1, 4, 20, 256), mx.float16), keys, keys, scale=1.0)
+    out = prefill_kernel(prefill_plan(call.signature, HOPPER))(call)
+    assert out.shape == (1, 4, 20, 256)
+    assert not out.any().item()
 
 
 def test_the_number_of_query_rows_and_sequences_compiles_nothing_anew() -> None:
