@@ -3,7 +3,7 @@
 Calls run one after another, each on the output of the last, over buffers that together exceed the L2 cache. The time of
 a call is the slope between few and many calls, the median of several. Bytes are the packed codes,
 scales and biases of K and V (and the rope keys), each once; the percentage is of the copy bandwidth, the larger of the
-one read in the same run and 4.3 TB/s.
+one read in the same run and 4.3 TB/s. TFLOP/s are of the two products alone.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _AHEAD = 8
 
 @dataclass(frozen=True)
 class Shape:
-    """A decode step to time. ``rope`` > 0: absorbed MLA, one latent for keys and values."""
+    """A call to time. ``rope`` > 0: absorbed MLA, one latent for keys and values. ``value_dim`` 0: as ``dim``."""
 
     batch: int = 1
     query_heads: int = 32
@@ -47,15 +47,26 @@ class Shape:
     values: Format | None = None
     dtype: mx.Dtype = mx.float16
     rope: int = 0
+    value_dim: int = 0
 
     def __str__(self) -> str:
         values = self.values or self.keys
         formats = f"{self.keys}" if values == self.keys else f"K {self.keys}, V {values}"
         length = f" L{self.length}" if self.length > 1 else ""
+        dim = f"D{self.dim}" + (f" Dv{self.value_dim}" if self.value_dim else "")
         dtype = str(self.dtype).rpartition(".")[2]
-        return (
-            f"B{self.batch} Hq{self.query_heads} Hkv{self.kv_heads}{length} D{self.dim} N{self.count} {formats} {dtype}"
-        )
+        return f"B{self.batch} Hq{self.query_heads} Hkv{self.kv_heads}{length} {dim} N{self.count} {formats} {dtype}"
+
+    @property
+    def value_length(self) -> int:
+        """Numbers of a row of values."""
+        return self.value_dim or self.dim
+
+    @property
+    def operations(self) -> int:
+        """Multiplications and additions of the two products, without those that a causal mask leaves out."""
+        pairs = self.length * self.count - self.length * (self.length - 1) // 2
+        return 2 * self.batch * self.query_heads * pairs * (self.dim + self.rope + self.value_length)
 
 
 def _affine(bits: int, group: int = 64) -> Format:
@@ -64,6 +75,7 @@ def _affine(bits: int, group: int = 64) -> Format:
 
 _LONG = Shape()
 _WIDE = Shape(batch=4, count=65536)
+_PROMPT = Shape(length=2048, dim=256, count=32768)
 SHAPES = {
     "4bit": _LONG,
     "4bit-bf16": replace(_LONG, dtype=mx.bfloat16),
@@ -86,6 +98,11 @@ SHAPES = {
     **{f"n{n}": replace(_LONG, count=n) for n in (1024, 4096, 8192, 32768)},
     "L4": replace(_LONG, length=4),
     "L8": replace(_LONG, length=8),
+    "prefill": _PROMPT,
+    "prefill-bf16": replace(_PROMPT, dtype=mx.bfloat16),
+    "prefill-8bit": replace(_PROMPT, keys=_affine(8)),
+    "prefill-d512": replace(_PROMPT, query_heads=16, kv_heads=2, dim=512),
+    "prefill-192-128": replace(_PROMPT, query_heads=16, kv_heads=16, dim=192, value_dim=128),
 }
 
 
@@ -156,7 +173,8 @@ class Problem:
         self.ropes: list[RopeTerm | None] = []
         while not self.pairs or len(self.pairs) * self.packed_bytes < max(_CACHE_BYTES, 1.5 * self.packed_bytes):
             keys = _tensor(row, shape.keys, shape.dtype)
-            values = keys if shape.rope else _tensor(row, shape.values or shape.keys, shape.dtype)
+            value_row = (*row[:3], shape.value_length)
+            values = keys if shape.rope else _tensor(value_row, shape.values or shape.keys, shape.dtype)
             self.pairs.append((keys, values))
             self.ropes.append(self._rope() if shape.rope else None)
         mx.eval(self.queries)
@@ -195,7 +213,7 @@ class Problem:
                 causal = reference.causal_mask(s.length, s.count)
                 scores = mx.where(causal, scores, mx.finfo(scores.dtype).min)
             weights = mx.softmax(scores, axis=-1, precise=True)
-            return _product(weights, values, transpose=False).reshape(queries.shape)
+            return _product(weights, values, transpose=False).reshape(*queries.shape[:3], s.value_length)
 
         return self._time(step)
 
@@ -213,9 +231,10 @@ class Problem:
         s = self.shape
         capacity = s.count + 256
         copies = []
-        per_copy = 2 * s.batch * s.kv_heads * capacity * s.dim * s.dtype.size
+        dims = (s.dim, s.value_length)
+        per_copy = s.batch * s.kv_heads * capacity * sum(dims) * s.dtype.size
         for _ in range(max(1, int(_CACHE_BYTES // per_copy) + 1)):
-            pair = [mx.random.normal((s.batch, s.kv_heads, capacity, s.dim)).astype(s.dtype) for _ in range(2)]
+            pair = [mx.random.normal((s.batch, s.kv_heads, capacity, dim)).astype(s.dtype) for dim in dims]
             mx.eval(pair)
             views = [x[:, :, : s.count] for x in pair]
             mx.eval(views)
@@ -227,7 +246,12 @@ class Problem:
 
         return self._time(step)
 
-    def _time(self, step: Callable[[mx.array, int], mx.array]) -> float:
+    def _time(self, attend: Callable[[mx.array, int], mx.array]) -> float:
+        def step(queries: mx.array, i: int) -> mx.array:
+            out = attend(queries, i)
+            rest = queries[..., self.shape.value_length :]  # of an output shorter than the next queries
+            return mx.concatenate([out, rest], axis=-1) if rest.size else out
+
         rough = time_calls(step, self.queries, 2, 8, 1)
         many = 240 if rough < 200e-6 else 80 if rough < 5e-4 else 16
         return time_calls(step, self.queries, many // 4, many, 5 if rough < 5e-4 else 3)
@@ -269,8 +293,8 @@ def main() -> None:
     bandwidth = copy_bandwidth()
     ceiling = max(bandwidth, _NOMINAL_BANDWIDTH)
     print(f"mlx {version('mlx')}; copy bandwidth {bandwidth / 1e12:.2f} TB/s; times in microseconds")
-    print("| shape | MB | fused | of copy | stock | dequantize + SDPA | unquantized SDPA |")
-    print("|---|---|---|---|---|---|---|")
+    print("| shape | MB | fused | of copy | TFLOP/s | stock | dequantize + SDPA | unquantized SDPA |")
+    print("|---|---|---|---|---|---|---|---|")
     rows = []
     unquantized: dict[Shape, float | str] = {}
     for name in options.names or SHAPES:
@@ -279,10 +303,13 @@ def main() -> None:
         if "reason" in row:
             print(f"| {row['shape']} | {row['megabytes']:.0f} | {row['reason']} |")
             continue
-        share = float(row["megabytes"]) * 1e6 / (float(row["fused"]) * 1e-6) / ceiling
+        seconds = float(row["fused"]) * 1e-6
+        share = float(row["megabytes"]) * 1e6 / seconds / ceiling
+        rate = SHAPES[name].operations / seconds / 1e12
         peers = [_against(row, peer) for peer in ("stock", "dequantized", "unquantized")]
         print(
-            f"| {row['shape']} | {row['megabytes']:.0f} | {row['fused']:.1f} | {share:.0%} | {' | '.join(peers)} |",
+            f"| {row['shape']} | {row['megabytes']:.0f} | {row['fused']:.1f} | {share:.0%} | {rate:.0f} | "
+            f"{' | '.join(peers)} |",
             flush=True,
         )
     if options.json:
