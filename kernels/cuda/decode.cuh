@@ -5,15 +5,21 @@
 // STAGES tiles in shared memory and shares nothing with the others until the end. It is one warp, or, where there are
 // many rows of many dimensions, two or four that divide the dimensions and add up their scores. Queries are the narrow
 // side of every product:
-//   scores  S^T[16 keys x 8 rows]  = codes(K) * Q^T         one mma a 16 dimensions
-//   output  O^T[16 dims x 8 rows] += codes(V)^T * P^T       one mma a 16 dimensions
-// so that a code is unpacked once for all rows. Codes enter the products as exact halves. A key's scale and bias are
-// applied to the sums of its groups (the bias times the sum of the group's query), a value's scale to the probability,
-// and its bias to a running sum, all in float32.
+//   scores  S^T[16 keys x 8 columns]  = codes(K) * Q^T      one mma a 16 dimensions, or 32 as bytes
+//   output  O^T[16 dims x 8 columns] += codes(V)^T * P^T    one mma a 16 dimensions
+// so that a code is unpacked once for all rows. Codes enter the products exactly. A key's scale and bias are applied to
+// the sums of its groups (the bias times the sum of the group's query), a value's scale to the probability, and its
+// bias to a running sum, all in float32.
 //
-// Range: queries are scaled by a power of two a row, and value scales by one a warp, so that halves neither overflow
-// nor lose precision whatever the magnitudes are. Float32 queries and probabilities are two halves each, which keeps 22
-// bits. The running maximum of a row is raised only when a score exceeds it by RISE.
+// Keys as bytes: queries of 16 bits become integers of 16 bits (a factor a row), whose high and low bytes are columns
+// of their own; the products are exact, and take a quarter of the instructions of halves. Else queries are halves.
+//
+// Columns: 2t + j of a block of eight is row 4j + t. With at most four rows, j is 0, and the odd columns serve
+// otherwise: for the low bytes of the queries, and for the probabilities with the scales of another group of values.
+//
+// Range: queries are scaled a row, and value scales by a power of two a warp, so that halves neither overflow nor lose
+// precision whatever the magnitudes are. Float32 queries and probabilities are two halves each, which keeps 22 bits.
+// The running maximum of a row is raised only when a score exceeds it by RISE.
 //
 // The splits' results meet in device memory: the block that draws the last ticket merges them (in two steps where they
 // are many), so that one launch does it all.
@@ -27,7 +33,15 @@ namespace qsdpa {
 constexpr int TICKET_WORDS = 32;  // counters of a tile: one for all, and one for each group of MERGED splits
 constexpr int MERGED = 8;
 
-template <typename T_, int D_, int DV_, typename K_, typename V_, int ROW_BLOCKS_, int MASK_, typename MaskT_,
+// Number `index` of `count` operands that are stacked along the heads.
+template <typename T>
+__device__ __forceinline__ View<T> stacked(View<T> all, int index, int count) {
+  all.shape[1] /= count;
+  all.data += index * all.shape[1] * all.strides[1];
+  return all;
+}
+
+template <typename T_, int D_, int DV_, typename K_, typename V_, int ROWS_, int MASK_, typename MaskT_,
           typename SinkT_, int ROPE_, bool SHARED_KV_, int WARPS_, int STAGES_, int PARTS_, int TEAM_>
 struct DecodeConfig {
   using T = T_;
@@ -35,21 +49,23 @@ struct DecodeConfig {
   using V = V_;
   using MaskT = MaskT_;
   using SinkT = SinkT_;
-  static constexpr int D = D_, DV = DV_, ROW_BLOCKS = ROW_BLOCKS_, MASK = MASK_, ROPE = ROPE_, WARPS = WARPS_,
+  static constexpr int D = D_, DV = DV_, ROWS = ROWS_, MASK = MASK_, ROPE = ROPE_, WARPS = WARPS_,
                        STAGES = STAGES_, PARTS = PARTS_, TEAM = TEAM_;
   static constexpr bool SHARED_KV = SHARED_KV_;
-  static constexpr int ROWS = 8 * ROW_BLOCKS;
+  static constexpr int ROW_BLOCKS = ROWS / 8 + (ROWS == 4), LANE_ROWS = ROWS == 4 ? 1 : 2;
+  static_assert(ROWS == 4 || ROWS % 8 == 0, "a block of columns is one half or two halves of four rows");
   static constexpr int TILE = 16 * PARTS;  // keys
   static constexpr int TEAMS = WARPS / TEAM, TEAM_THREADS = 32 * TEAM;
   static constexpr int TERMS = sizeof(T) == 4 ? 2 : 1;  // halves that a query or a probability is made of
+  static constexpr bool KEY_BYTES = TERMS == 1 && K::HAS_BYTES;
   static constexpr bool QUERIES_IN_REGISTERS = D / TEAM * ROW_BLOCKS * TERMS <= 256;
   static constexpr bool BF16 = IsBfloat16<T>::value;
 
-  using KeyTile = RowTile<TILE, TEAM_THREADS, K::row_bytes(D), u32>;
-  using ValueTile = RowTile<TILE, TEAM_THREADS, V::row_bytes(DV), u32>;
+  using KeyTile = RowTile<TILE, TEAM_THREADS, K::row_bytes(D), u32, K::MATRICES>;
+  using ValueTile = RowTile<TILE, TEAM_THREADS, V::row_bytes(DV), u32, V::MATRICES>;
   using KeyScaleTile = ScaleTile<TILE, TEAM_THREADS, K::groups(D), typename K::Scale>;
   using ValueScaleTile = ScaleTile<TILE, TEAM_THREADS, V::groups(DV), typename V::Scale>;
-  using RopeTile = RowTile<TILE, TEAM_THREADS, ROPE * static_cast<int>(sizeof(T)), T>;
+  using RopeTile = RowTile<TILE, TEAM_THREADS, ROPE * static_cast<int>(sizeof(T)), T, false>;
 
   // Shared memory, in bytes.
   static constexpr int VALUES = KeyTile::BYTES;
@@ -58,20 +74,22 @@ struct DecodeConfig {
   static constexpr int VALUE_SCALES = KEY_BIASES + (K::HAS_BIAS ? KeyScaleTile::BYTES : 0);
   static constexpr int VALUE_BIASES = VALUE_SCALES + (SHARED_KV ? 0 : ValueScaleTile::BYTES);
   static constexpr int ROPE_KEYS = VALUE_BIASES + (V::HAS_BIAS && !SHARED_KV ? ValueScaleTile::BYTES : 0);
-  static constexpr int STAGE = ROPE_KEYS + (ROPE ? RopeTile::BYTES : 0);
+  static constexpr int STAGE = (ROPE_KEYS + (ROPE ? RopeTile::BYTES : 0) + 127) / 128 * 128;
   static constexpr int RING = TEAMS * STAGES * STAGE;
   static constexpr int OUT_PITCH = DV + 4;
   static constexpr int OUT = TEAMS * ROWS * OUT_PITCH * 4;  // over the ring, once it is idle
-  static constexpr int QUERY_PITCH = D + 8;
+  static constexpr int QUERY_PITCH = D + 32;  // in halves; of bytes, the high and the low ones of a row
   static constexpr int QUERIES = (RING > OUT ? RING : OUT) + 16;
   static constexpr int FRAGMENTS = QUERIES + TERMS * ROWS * QUERY_PITCH * 2;
   static constexpr int ROPE_PITCH = ROPE + 16 / static_cast<int>(sizeof(T));
-  static constexpr int ROPE_QUERIES = FRAGMENTS + (QUERIES_IN_REGISTERS ? 0 : TERMS * ROWS * D * 2);
+  static constexpr int ROPE_QUERIES =
+      FRAGMENTS + (QUERIES_IN_REGISTERS || KEY_BYTES ? 0 : TERMS * ROW_BLOCKS * 8 * D * 2);
   static constexpr int QUERY_SUMS = ROPE_QUERIES + (ROPE ? ROWS * ROPE_PITCH * static_cast<int>(sizeof(T)) : 0);
-  static constexpr int ROW_FACTORS = QUERY_SUMS + (K::HAS_BIAS ? K::groups(D) * ROWS * 4 : 0);
+  static constexpr bool HAS_SUMS = K::HAS_BIAS || (KEY_BYTES && K::BYTE_CENTER != 0);
+  static constexpr int ROW_FACTORS = QUERY_SUMS + (HAS_SUMS ? K::groups(D) * ROWS * 4 : 0);
   static constexpr int TEAM_STATS = ROW_FACTORS + ROWS * 4;
   static constexpr int EXCHANGE = TEAM_STATS + TEAMS * ROWS * 8;  // scores that the warps of a team share
-  static constexpr int ARGUMENTS = EXCHANGE + (TEAM > 1 ? WARPS * PARTS * ROW_BLOCKS * 32 * 16 : 0);
+  static constexpr int ARGUMENTS = EXCHANGE + (TEAM > 1 ? WARPS * PARTS * ROWS * 64 : 0);
   static constexpr int ARGUMENT_BYTES = 640;
   static constexpr int SHARED_BYTES = ARGUMENTS + ARGUMENT_BYTES;
 };
@@ -90,8 +108,7 @@ struct DecodeArguments {
   const float* scale;
   u32* tickets;
   T* out;
-  float* partials;  // [tile, split, row, DV]
-  float* stats;     // [tile, split, row, 2]: running maximum and sum
+  float* partials;  // [tile, split, row, DV], and after them the running maximum and sum: [tile, split, row, 2]
 };
 
 template <typename C>
@@ -100,6 +117,7 @@ class Decoder {
   using K = typename C::K;
   using V = typename C::V;
   static constexpr int D = C::D, DV = C::DV, NB = C::ROW_BLOCKS, ROWS = C::ROWS, WARPS = C::WARPS;
+  static constexpr int LR = C::LANE_ROWS;  // rows of a block of columns in a lane
   static constexpr int TERMS = C::TERMS, TILE = C::TILE, PARTS = C::PARTS;
   static constexpr int TEAM = C::TEAM, TEAMS = C::TEAMS;
   // Of one warp: its share of the dimensions, in groups and in blocks of 32 dimensions a group.
@@ -110,9 +128,14 @@ class Decoder {
   static_assert(D % (32 * TEAM) == 0 && DV % (32 * TEAM) == 0, "warps of a team share the dimensions evenly");
   static_assert(K::SCALED_CODES || K::groups(D) % TEAM == 0, "and the groups of keys");
   static_assert(V::SCALED_CODES || V::groups(DV) % TEAM == 0, "and the groups of values");
+  using KeyWords = CodeWords<K, typename C::KeyTile, D / TEAM / 32, false>;
+  using ValueWords = CodeWords<V, typename C::ValueTile, DV / TEAM / 32, true>;
+  static constexpr int VALUES_AT = C::SHARED_KV ? 0 : C::VALUES;
+  static constexpr int VALUE_SCALES_AT = C::SHARED_KV ? C::KEY_SCALES : C::VALUE_SCALES;
+  static constexpr int VALUE_BIASES_AT = C::SHARED_KV ? C::KEY_BIASES : C::VALUE_BIASES;
   static constexpr float RISE = 4.0f;           // probabilities stay below 2^RISE
-  static constexpr float SCALE_TARGET = 256.0f;  // largest value scale after normalization, and how far it may grow
-  static constexpr float SCALE_LIMIT = 2048.0f;
+  // Probabilities carry a power of two that takes the largest value scale to [256, 512), until one exceeds 2048.
+  static constexpr int SCALE_EXPONENT = 8, LIMIT_EXPONENT = 11;
 
   const DecodeArguments<C>& a;
   char* const shared;
@@ -120,12 +143,17 @@ class Decoder {
   const int team = warp / TEAM, member = warp % TEAM;
   const int split = blockIdx.x, splits = gridDim.x, batch = blockIdx.z;
   int kv_head, first_row, group_size, length, rows, count;
+  float* stats;
+  u32 key_place, value_place, scale_row;  // of the lane: in a tile's codes, and its r
 
-  float sum[NB][2] = {}, top[NB][2];
+  float sum[NB][LR] = {}, top[NB][LR];
   float o[DV / TEAM / 32][2][NB][4] = {};
-  float bias_sum[V::HAS_BIAS ? VALUE_GROUPS : 1][NB][2] = {};
-  float value_factor = 0.0f, value_limit = -1.0f;  // power of two on value scales; largest scale it serves
-  u32 query[C::QUERIES_IN_REGISTERS ? TERMS : 1][C::QUERIES_IN_REGISTERS ? D / TEAM / 32 : 1][2][NB][2];
+  float bias_sum[V::HAS_BIAS ? VALUE_GROUPS : 1][NB][LR] = {};
+  float base[NB][LR];  // what is taken off logits: the running maximum, less the exponent on value scales
+  float value_exponent = 0.0f, value_limit = -1.0f;  // of that power of two, and the largest scale that it serves
+  // B operands of a block of 32 dimensions: one for each j for bytes, one for each 16 dimensions for halves.
+  static constexpr int OPERANDS = C::KEY_BYTES ? LR : 2;
+  u32 query[C::QUERIES_IN_REGISTERS ? TERMS : 1][C::QUERIES_IN_REGISTERS ? D / TEAM / 32 : 1][OPERANDS][NB][2];
 
  public:
   __device__ __forceinline__ Decoder(const DecodeArguments<C>& arguments, char* memory) : a(arguments), shared(memory) {
@@ -136,8 +164,17 @@ class Decoder {
     length = a.queries.shape[2];
     rows = group_size * length;
     count = a.keys.shape[2];
+    stats = a.partials + static_cast<i64>(splits) * gridDim.y * gridDim.z * (ROWS * DV);
+    key_place = KeyWords::place_of(lane, member * K::row_bytes(D / TEAM));
+    value_place = ValueWords::place_of(lane, member * V::row_bytes(DV / TEAM));
+    scale_row = r;
+    keep(key_place);
+    keep(value_place);
+    keep(scale_row);
 #pragma unroll
-    for (int n = 0; n < NB; ++n) top[n][0] = top[n][1] = LOWEST;
+    for (int n = 0; n < NB; ++n)
+#pragma unroll
+      for (int j = 0; j < LR; ++j) top[n][j] = base[n][j] = LOWEST;
   }
 
   __device__ __forceinline__ void run() {
@@ -176,8 +213,12 @@ class Decoder {
   }
 
  private:
-  static constexpr int ROWS_OF_WARP = ROWS / WARPS;
-  static_assert(ROWS % WARPS == 0, "warps share the rows of queries evenly");
+  static constexpr int ROWS_OF_WARP = (ROWS + WARPS - 1) / WARPS;
+
+  // The row of a lane: number j (of LR) of block n.
+  __device__ __forceinline__ int row_of(int n, int j) const { return 8 * n + 4 * j + t; }
+  // The row of column r of block n; for halves.
+  __device__ __forceinline__ int column_row(int n) const { return 8 * n + (LR == 1 ? 0 : r % 2 * 4) + r / 2; }
 
   __device__ __forceinline__ void team_barrier() const {
     if constexpr (TEAM == 1) {
@@ -210,9 +251,13 @@ class Decoder {
     bool usable;
     const char *keys, *values = nullptr;
     const char* scales[ROUNDS];
-    int thread;
+    u32 thread;
+    typename C::KeyTile::Places key_places;
+    typename C::ValueTile::Places value_places;
 
-    __device__ __forceinline__ explicit Runs(const Decoder& d) : thread(threadIdx.x % C::TEAM_THREADS) {
+    __device__ __forceinline__ explicit Runs(const Decoder& d)
+        : thread(threadIdx.x % C::TEAM_THREADS), key_places(thread), value_places(thread) {
+      keep(thread);
       const auto key_rows = d.a.keys.rows(d.batch, d.kv_head);
       const auto key_scales = d.a.key_scales.rows(d.batch, d.kv_head);
       const auto key_biases = d.a.key_biases.rows(d.batch, d.kv_head);
@@ -238,7 +283,10 @@ class Decoder {
                     : at < VALUE_SCALE ? reinterpret_cast<const char*>(key_biases.data) + at - KEY_BIAS
                     : at < VALUE_BIAS  ? reinterpret_cast<const char*>(value_scales.data) + at - VALUE_SCALE
                                        : reinterpret_cast<const char*>(value_biases.data) + at - VALUE_BIAS;
+        keep(scales[i]);
       }
+      keep(keys);
+      keep(values);
     }
 
     __device__ __forceinline__ void copy(u32 stage, const Decoder& d, int tile) const {
@@ -255,10 +303,11 @@ class Decoder {
     // The first `valid` keys; zeros for the rest.
     template <bool PARTIAL>
     __device__ __forceinline__ void copy_part(u32 stage, u32 tile, int valid) const {
-      C::KeyTile::template copy_run<PARTIAL>(stage, keys + static_cast<u64>(tile) * C::KeyTile::SOURCE_BYTES, thread,
+      C::KeyTile::template copy_run<PARTIAL>(stage, key_places,
+                                             keys + static_cast<u64>(tile) * C::KeyTile::SOURCE_BYTES, thread,
                                              valid * C::KeyTile::ROW_BYTES);
       if constexpr (!C::SHARED_KV)
-        C::ValueTile::template copy_run<PARTIAL>(stage + C::VALUES,
+        C::ValueTile::template copy_run<PARTIAL>(stage + C::VALUES, value_places,
                                                  values + static_cast<u64>(tile) * C::ValueTile::SOURCE_BYTES, thread,
                                                  valid * C::ValueTile::ROW_BYTES);
 #pragma unroll
@@ -317,34 +366,21 @@ class Decoder {
     }
   }
 
-  // Rows of queries to shared memory as halves, scaled to a largest magnitude in [512, 1024); their sums over the keys'
-  // groups; the factor of each row that takes scores to base-2 logits.
+  // Rows of queries to shared memory, as halves of a largest magnitude in [512, 1024) or as integers of up to 32512;
+  // their sums over the keys' groups; the factor of each row that takes scores to base-2 logits.
   __device__ __forceinline__ void prepare_queries(float (&raw)[ROWS_OF_WARP][D / 32]) {
-    __half* halves = reinterpret_cast<__half*>(shared + C::QUERIES);
     const float scale = *a.scale * LOG2E * (K::SCALED_CODES ? K::CODE_FACTOR : 1.0f);
 #pragma unroll
     for (int k = 0; k < ROWS_OF_WARP; ++k) {
       const int row = warp + k * WARPS;
+      if (row >= ROWS) break;
       float(&x)[D / 32] = raw[k];
       float peak = 0.0f;
 #pragma unroll
       for (int i = 0; i < D / 32; ++i) peak = fmaxf(peak, fabsf(x[i]));
       peak = warp_max(peak);
-      const int exponent = __float_as_uint(peak) >> 23;
-      const float factor = __uint_as_float(static_cast<u32>(min(max(263 - exponent, 1), 253)) << 23);
-#pragma unroll
-      for (int i = 0; i < D / 32; ++i) {
-        const float scaled = x[i] * factor;
-        const __half high = __float2half_rn(scaled);
-        halves[row * C::QUERY_PITCH + 32 * i + lane] = high;
-        x[i] = __half2float(high);
-        if constexpr (TERMS == 2) {
-          const __half low = __float2half_rn(scaled - x[i]);
-          halves[(ROWS + row) * C::QUERY_PITCH + 32 * i + lane] = low;
-          x[i] += __half2float(low);
-        }
-      }
-      if constexpr (K::HAS_BIAS) {
+      const float factor = C::KEY_BYTES ? integer_queries(x, row, peak) : half_queries(x, row, peak);
+      if constexpr (C::HAS_SUMS) {
 #pragma unroll
         for (int g = 0; g < K::groups(D); ++g) {
           float s = 0.0f;
@@ -367,37 +403,89 @@ class Decoder {
     arrange_queries();
   }
 
-  // Queries as B operands, in the order of the dimensions of load_keys().
+  // A row as halves. Returns the factor on it, and in x what the halves are.
+  __device__ __forceinline__ float half_queries(float (&x)[D / 32], int row, float peak) {
+    __half* halves = reinterpret_cast<__half*>(shared + C::QUERIES);
+    const int exponent = __float_as_uint(peak) >> 23;
+    const float factor = __uint_as_float(static_cast<u32>(min(max(263 - exponent, 1), 253)) << 23);
+#pragma unroll
+    for (int i = 0; i < D / 32; ++i) {
+      const float scaled = x[i] * factor;
+      const __half high = __float2half_rn(scaled);
+      halves[row * C::QUERY_PITCH + 32 * i + lane] = high;
+      x[i] = __half2float(high);
+      if constexpr (TERMS == 2) {
+        const __half low = __float2half_rn(scaled - x[i]);
+        halves[(ROWS + row) * C::QUERY_PITCH + 32 * i + lane] = low;
+        x[i] += __half2float(low);
+      }
+    }
+    return factor;
+  }
+
+  // A row as integers, smaller where the codes of keys do not begin at the lowest bit of their byte.
+  __device__ __forceinline__ float integer_queries(float (&x)[D / 32], int row, float peak) {
+    char* bytes = shared + C::QUERIES + row * (2 * C::QUERY_PITCH);
+    const float factor = peak > 1e-30f ? 32512.0f / peak : 1.0f;
+    const u32 bit = K::CODE_SHIFT >> (4 * (lane % 8)) & 15;
+    const float whole = static_cast<float>(1u << bit), part = 1.0f / whole;
+#pragma unroll
+    for (int i = 0; i < D / 32; ++i) {
+      const int n = __float2int_rn(x[i] * factor * part);
+      const int place = byte_place<K>(32 * i + lane), low = static_cast<signed char>(n);
+      bytes[place] = static_cast<char>((n - low) >> 8);
+      bytes[C::QUERY_PITCH + place] = static_cast<char>(low);
+      x[i] = static_cast<float>(n) * whole;
+    }
+    return factor / K::BYTE_FACTOR;
+  }
+
+  // Queries as B operands, in the order of the dimensions of load_keys() or load_key_bytes().
   __device__ __forceinline__ void arrange_queries() {
-    const unsigned short* halves = reinterpret_cast<const unsigned short*>(shared + C::QUERIES);
-    auto pair = [&](int term, int block, int p, int n) -> u32 {
-      const unsigned short* row = halves + (term * ROWS + 8 * n + r) * C::QUERY_PITCH;
-      return row[key_dim<K>(block, t, p, 0)] | static_cast<u32>(row[key_dim<K>(block, t, p, 1)]) << 16;
-    };
     if constexpr (C::QUERIES_IN_REGISTERS) {
 #pragma unroll
       for (int term = 0; term < TERMS; ++term)
 #pragma unroll
         for (int block = 0; block < D / TEAM / 32; ++block)
 #pragma unroll
-          for (int p = 0; p < 4; ++p)
+          for (int m = 0; m < OPERANDS; ++m)
 #pragma unroll
-            for (int n = 0; n < NB; ++n)
-              query[term][block][p / 2][n][p % 2] = pair(term, member * (D / TEAM / 32) + block, p, n);
-    } else {
-      u32* fragments = reinterpret_cast<u32*>(shared + C::FRAGMENTS);
-      for (int i = warp; i < TERMS * (D / 32) * 4 * NB; i += WARPS) {  // i = ((term, block), m, n, half)
-        const int p = i / (2 * NB) % 2 * 2 + i % 2, n = i / 2 % NB, block = i / (4 * NB);
-        fragments[(i / 2 * 32 + lane) * 2 + i % 2] = pair(block / (D / 32), block % (D / 32), p, n);
+            for (int n = 0; n < NB; ++n) {
+              const int at = member * (D / TEAM / 32) + block;
+              const uint2 x = C::KEY_BYTES ? query_bytes(at, m, n) : query_halves(term, at, m, n);
+              query[term][block][m][n][0] = x.x, query[term][block][m][n][1] = x.y;
+            }
+    } else if constexpr (!C::KEY_BYTES) {
+      uint2* fragments = reinterpret_cast<uint2*>(shared + C::FRAGMENTS);
+      for (int i = warp; i < TERMS * (D / 32) * 2 * NB; i += WARPS) {  // i = ((term, block), m, n)
+        const int n = i % NB, m = i / NB % 2, block = i / (2 * NB);
+        fragments[i * 32 + lane] = query_halves(block / (D / 32), block % (D / 32), m, n);
       }
       __syncthreads();
     }
+  }
+
+  // Column r of operand m: the high (r even) or low bytes of row 4m + r / 2.
+  __device__ __forceinline__ uint2 query_bytes(int block, int m, int n) const {
+    const char* row = shared + C::QUERIES + ((8 * n + 4 * m + r / 2) * 2 + r % 2) * C::QUERY_PITCH;
+    return *reinterpret_cast<const uint2*>(row + 32 * block + 8 * t);
+  }
+
+  __device__ __forceinline__ uint2 query_halves(int term, int block, int m, int n) const {
+    const unsigned short* row =
+        reinterpret_cast<const unsigned short*>(shared + C::QUERIES) + (term * ROWS + column_row(n)) * C::QUERY_PITCH;
+    auto pair = [&](int p) {
+      return row[key_dim<K>(block, t, p, 0)] | static_cast<u32>(row[key_dim<K>(block, t, p, 1)]) << 16;
+    };
+    return {pair(2 * m), pair(2 * m + 1)};
   }
 
   // `block` counts within the warp's share.
   __device__ __forceinline__ uint2 query_operand(int term, int block, int m, int n) const {
     if constexpr (C::QUERIES_IN_REGISTERS) {
       return {query[term][block][m][n][0], query[term][block][m][n][1]};
+    } else if constexpr (C::KEY_BYTES) {
+      return query_bytes(member * (D / TEAM / 32) + block, m, n);
     } else {
       const uint2* fragments = reinterpret_cast<const uint2*>(shared + C::FRAGMENTS);
       return fragments[(((term * (D / 32) + member * (D / TEAM / 32) + block) * 2 + m) * NB + n) * 32 + lane];
@@ -406,7 +494,7 @@ class Decoder {
 
   // A tile: its parts of 16 keys share one look at the running maxima.
   __device__ __forceinline__ void attend(u32 stage, int first) {
-    float s[PARTS][NB][4];
+    float s[PARTS][NB][2 * LR];
 #pragma unroll
     for (int i = 0; i < PARTS; ++i) {
       score(s[i], stage, i);
@@ -416,17 +504,21 @@ class Decoder {
     if constexpr (TEAM > 1) add_up(s);
 #pragma unroll
     for (int i = 0; i < PARTS; ++i) mask(s[i], first + 16 * i);
-    renormalize(s, stage);
+    ValueScales scales[2 * PARTS];  // of the keys r + 8i
+#pragma unroll
+    for (int i = 0; i < 2 * PARTS; ++i)
+      scales[i] = ValueScales(stage + VALUE_SCALES_AT, scale_row + 8 * i, first_value_group());
+    renormalize(s, scales);
 #pragma unroll
     for (int i = 0; i < PARTS; ++i) {
 #pragma unroll
       for (int n = 0; n < NB; ++n)
 #pragma unroll
-        for (int x = 0; x < 4; ++x) {
-          s[i][n][x] = exp2_fast(s[i][n][x] - top[n][x % 2]);
-          sum[n][x % 2] += s[i][n][x];
+        for (int x = 0; x < 2 * LR; ++x) {
+          s[i][n][x] = exp2_fast(s[i][n][x] - base[n][x % LR]);
+          sum[n][x % LR] += s[i][n][x];
         }
-      add_values(s[i], stage, i);
+      add_values(s[i], scales[2 * i], scales[2 * i + 1], stage, i);
     }
   }
 
@@ -435,106 +527,155 @@ class Decoder {
   using ValueScales = ScaleRow<V::groups(DV), V::SCALED_CODES ? V::groups(DV) : VALUE_GROUPS, typename V::Scale>;
   __device__ __forceinline__ int first_key_group() const { return K::SCALED_CODES ? 0 : member * KEY_GROUPS; }
   __device__ __forceinline__ int first_value_group() const { return V::SCALED_CODES ? 0 : member * VALUE_GROUPS; }
-  static constexpr int VALUES_AT = C::SHARED_KV ? 0 : C::VALUES;
-  static constexpr int VALUE_SCALES_AT = C::SHARED_KV ? C::KEY_SCALES : C::VALUE_SCALES;
-  static constexpr int VALUE_BIASES_AT = C::SHARED_KV ? C::KEY_BIASES : C::VALUE_BIASES;
 
   // Scores of 16 keys (the part that the warp's dimensions make) in units of the scaled queries: s[n][x] is that of
-  // key r + x / 2 * 8 and row 8n + 2t + x % 2.
-  __device__ __forceinline__ void score(float (&s)[NB][4], u32 stage, int part) const {
-    const int key = 16 * part + r;
+  // key r + x / LR * 8 and row_of(n, x % LR).
+  __device__ __forceinline__ void score(float (&s)[NB][2 * LR], u32 stage, int part) const {
+    const int key = 16 * part + scale_row;
     const int first = first_key_group();
     const u32 scales = stage + C::KEY_SCALES;
     const KeyScales low_scale(scales, key, first), high_scale(scales, key + 8, first);
     const u32 biases = stage + (K::HAS_BIAS ? C::KEY_BIASES : C::KEY_SCALES);
     const KeyScales low_bias(biases, key, first), high_bias(biases, key + 8, first);
-    const u32 codes = stage + 16 * part * C::KeyTile::PITCH + member * K::row_bytes(D / TEAM);
+    const u32 codes = stage + 16 * part * C::KeyTile::PITCH;
+    KeyWords words;
 #pragma unroll
     for (int g = 0; g < KEY_GROUPS; ++g) {
-      float c[NB][4] = {};
-#pragma unroll
-      for (int i = 0; i < KEY_BLOCKS; ++i) {
-        const int block = g * KEY_BLOCKS + i;
-        u32 low[4], high[4];
-        load_keys<K, C::KeyTile::PITCH>(low, high, codes, block, lane);
-        if constexpr (K::SCALED_CODES) {
-          const int group = 2 * (member * (D / TEAM / 32) + block) + t / 2;
-          const u32 x = e4m3_pair(low_scale[group], low_scale[group]);
-          const u32 y = e4m3_pair(high_scale[group], high_scale[group]);
-#pragma unroll
-          for (int p = 0; p < 4; ++p) low[p] = mul_half2(low[p], x), high[p] = mul_half2(high[p], y);
-        }
-#pragma unroll
-        for (int term = 0; term < TERMS; ++term)
-#pragma unroll
-          for (int m = 0; m < 2; ++m)
-#pragma unroll
-            for (int n = 0; n < NB; ++n) {
-              const uint2 q = query_operand(term, block, m, n);
-              mma(c[n], low[2 * m], high[2 * m], low[2 * m + 1], high[2 * m + 1], q.x, q.y);
-            }
+      float c[NB][2 * LR];
+      if constexpr (C::KEY_BYTES) {
+        multiply_bytes(c, words, codes, g);
+      } else {
+        multiply_halves(c, words, codes, g, low_scale, high_scale);
       }
       float scale[2] = {1.0f, 1.0f}, bias[2] = {};
       if constexpr (!K::SCALED_CODES) {
-        scale[0] = scale_value(low_scale[g]) * K::CODE_FACTOR;
-        scale[1] = scale_value(high_scale[g]) * K::CODE_FACTOR;
+        constexpr float factor = C::KEY_BYTES ? 1.0f : K::CODE_FACTOR;
+        scale[0] = scale_value(low_scale[g]) * factor;
+        scale[1] = scale_value(high_scale[g]) * factor;
       }
       if constexpr (K::HAS_BIAS) bias[0] = scale_value(low_bias[g]), bias[1] = scale_value(high_bias[g]);
 #pragma unroll
-      for (int n = 0; n < NB; ++n) {
-        float2 sums = {};
-        if constexpr (K::HAS_BIAS)
-          sums = *reinterpret_cast<const float2*>(floats(C::QUERY_SUMS) + (first + g) * ROWS + 8 * n + 2 * t);
+      for (int n = 0; n < NB; ++n)
 #pragma unroll
-        for (int x = 0; x < 4; ++x) {
+        for (int x = 0; x < 2 * LR; ++x) {
           float y = g == 0 ? 0.0f : s[n][x];
-          if constexpr (K::HAS_BIAS) y = fmaf(bias[x / 2], x % 2 ? sums.y : sums.x, y);
-          s[n][x] = fmaf(scale[x / 2], c[n][x], y);
+          if constexpr (K::HAS_BIAS) {
+            y = fmaf(bias[x / LR], query_sum(first + g, n, x % LR), y);
+          } else if constexpr (C::HAS_SUMS) {
+            c[n][x] = fmaf(static_cast<float>(-K::BYTE_CENTER), query_sum(first + g, n, x % LR), c[n][x]);
+          }
+          s[n][x] = fmaf(scale[x / LR], c[n][x], y);
         }
-      }
     }
+  }
+
+  __device__ __forceinline__ float query_sum(int group, int n, int j) const {
+    return floats(C::QUERY_SUMS)[group * ROWS + row_of(n, j)];
+  }
+
+  // Products of a group's codes of 16 keys, as bytes, with the queries.
+  template <typename Words>
+  __device__ __forceinline__ void multiply_bytes(float (&s)[NB][2 * LR], Words& words, u32 codes, int group) const {
+    int c[NB][LR][4] = {};
+#pragma unroll
+    for (int i = 0; i < KEY_BLOCKS; ++i) {
+      const int block = group * KEY_BLOCKS + i;
+      u32 bytes[4];
+      load_key_bytes<K, C::KeyTile::PITCH>(bytes, words, codes, key_place, block, lane);
+#pragma unroll
+      for (int n = 0; n < NB; ++n)
+#pragma unroll
+        for (int j = 0; j < LR; ++j) {
+          const uint2 q = query_operand(0, block, j, n);
+          mma_bytes<K::SIGNED_BYTES>(c[n][j], bytes, q.x, q.y);
+        }
+    }
+#pragma unroll
+    for (int n = 0; n < NB; ++n)
+#pragma unroll
+      for (int x = 0; x < 2 * LR; ++x) {
+        const int(&y)[4] = c[n][x % LR];
+        s[n][x] = static_cast<float>(y[x / LR * 2] * 256 + y[x / LR * 2 + 1]);
+      }
+  }
+
+  // The same with codes as halves.
+  template <typename Words>
+  __device__ __forceinline__ void multiply_halves(float (&s)[NB][2 * LR], Words& words, u32 codes, int group,
+                                                  const KeyScales& low_scale, const KeyScales& high_scale) const {
+    float c[NB][4] = {};
+#pragma unroll
+    for (int i = 0; i < KEY_BLOCKS; ++i) {
+      const int block = group * KEY_BLOCKS + i;
+      u32 low[4], high[4];
+      load_keys<K, C::KeyTile::PITCH>(low, high, words, codes, key_place, block, lane);
+      if constexpr (K::SCALED_CODES) {
+        const int scale = 2 * (member * (D / TEAM / 32) + block) + t / 2;
+        const u32 x = e4m3_pair(low_scale[scale], low_scale[scale]);
+        const u32 y = e4m3_pair(high_scale[scale], high_scale[scale]);
+#pragma unroll
+        for (int p = 0; p < 4; ++p) low[p] = mul_half2(low[p], x), high[p] = mul_half2(high[p], y);
+      }
+#pragma unroll
+      for (int term = 0; term < TERMS; ++term)
+#pragma unroll
+        for (int m = 0; m < 2; ++m)
+#pragma unroll
+          for (int n = 0; n < NB; ++n) {
+            const uint2 q = query_operand(term, block, m, n);
+            mma(c[n], low[2 * m], high[2 * m], low[2 * m + 1], high[2 * m + 1], q.x, q.y);
+          }
+    }
+#pragma unroll
+    for (int n = 0; n < NB; ++n)
+#pragma unroll
+      for (int x = 0; x < 2 * LR; ++x) s[n][x] = c[n][x / LR * 2 + x % LR];
   }
 
   // To base-2 logits, by the rows' factors.
-  __device__ __forceinline__ void to_logits(float (&s)[NB][4]) const {
+  __device__ __forceinline__ void to_logits(float (&s)[NB][2 * LR]) const {
 #pragma unroll
-    for (int n = 0; n < NB; ++n) {
-      const float2 factor = *reinterpret_cast<const float2*>(floats(C::ROW_FACTORS) + 8 * n + 2 * t);
+    for (int n = 0; n < NB; ++n)
 #pragma unroll
-      for (int x = 0; x < 4; ++x) s[n][x] *= x % 2 ? factor.y : factor.x;
-    }
+      for (int j = 0; j < LR; ++j) {
+        const float factor = floats(C::ROW_FACTORS)[row_of(n, j)];
+        s[n][j] *= factor, s[n][LR + j] *= factor;
+      }
   }
 
   // The sums over the team, in the same order in each warp: all must come to the same maxima.
-  __device__ __forceinline__ void add_up(float (&s)[PARTS][NB][4]) const {
-    float4* shares = reinterpret_cast<float4*>(shared + C::EXCHANGE) + team * TEAM * PARTS * NB * 32 + lane;
+  __device__ __forceinline__ void add_up(float (&s)[PARTS][NB][2 * LR]) const {
+    float* shares = floats(C::EXCHANGE) + (team * TEAM * PARTS * NB * 32 + lane) * (2 * LR);
 #pragma unroll
-    for (int i = 0; i < PARTS * NB; ++i) {
-      const float(&x)[4] = s[i / NB][i % NB];
-      shares[(member * PARTS * NB + i) * 32] = {x[0], x[1], x[2], x[3]};
-    }
+    for (int i = 0; i < PARTS * NB; ++i)
+#pragma unroll
+      for (int x = 0; x < 2 * LR; x += 2)
+        *reinterpret_cast<float2*>(shares + (member * PARTS * NB + i) * 64 * LR + x) = {s[i / NB][i % NB][x],
+                                                                                       s[i / NB][i % NB][x + 1]};
     team_barrier();  // the next tile's barrier keeps the shares until all have read them
 #pragma unroll
-    for (int i = 0; i < PARTS * NB; ++i) {
-      float(&x)[4] = s[i / NB][i % NB];
-      x[0] = x[1] = x[2] = x[3] = 0.0f;
+    for (int i = 0; i < PARTS * NB; ++i)
 #pragma unroll
-      for (int k = 0; k < TEAM; ++k) {
-        const float4 y = shares[(k * PARTS * NB + i) * 32];
-        x[0] += y.x, x[1] += y.y, x[2] += y.z, x[3] += y.w;
+      for (int x = 0; x < 2 * LR; x += 2) {
+        float2 total = {};
+#pragma unroll
+        for (int k = 0; k < TEAM; ++k) {
+          const float2 y = *reinterpret_cast<const float2*>(shares + (k * PARTS * NB + i) * 64 * LR + x);
+          total.x += y.x, total.y += y.y;
+        }
+        s[i / NB][i % NB][x] = total.x, s[i / NB][i % NB][x + 1] = total.y;
       }
-    }
   }
 
   // The mask, and the end of the keys.
-  __device__ __forceinline__ void mask(float (&s)[NB][4], int first) const {
+  __device__ __forceinline__ void mask(float (&s)[NB][2 * LR], int first) const {
     if constexpr (C::MASK == BOOLEAN || C::MASK == ADDITIVE) {
 #pragma unroll
       for (int n = 0; n < NB; ++n)
 #pragma unroll
-        for (int x = 0; x < 4; ++x) {
-          const int2 at = head_and_position(8 * n + 2 * t + x % 2);
-          const int key = min(first + r + x / 2 * 8, count - 1);
+        for (int x = 0; x < 2 * LR; ++x) {
+          const int2 at = head_and_position(row_of(n, x % LR));
+          const int key = min(first + r + x / LR * 8, count - 1);
           const i64 column = a.mask.shape[3] > 1 ? key * a.mask.strides[3] : 0;
           const auto m = a.mask.data[a.mask.offset(batch, at.x, at.y) + column];
           if constexpr (C::MASK == BOOLEAN) {
@@ -550,14 +691,14 @@ class Decoder {
 #pragma unroll
       for (int n = 0; n < NB; ++n)
 #pragma unroll
-        for (int x = 0; x < 4; ++x) {
-          const int seen = C::MASK == CAUSAL ? last + head_and_position(8 * n + 2 * t + x % 2).y : last;
-          if (first + r + x / 2 * 8 > seen) s[n][x] = minus_infinity();
+        for (int x = 0; x < 2 * LR; ++x) {
+          const int seen = C::MASK == CAUSAL ? last + head_and_position(row_of(n, x % LR)).y : last;
+          if (first + r + x / LR * 8 > seen) s[n][x] = minus_infinity();
         }
     }
   }
 
-  __device__ __forceinline__ void add_rope(float (&s)[NB][4], u32 keys) const {
+  __device__ __forceinline__ void add_rope(float (&s)[NB][2 * LR], u32 keys) const {
     const T* queries = reinterpret_cast<const T*>(shared + C::ROPE_QUERIES);
     constexpr bool SHARED_OUT = C::ROPE % (16 * TEAM) == 0;  // among the team; else its first warp does it all
     constexpr int SHARE = SHARED_OUT ? C::ROPE / TEAM : C::ROPE;
@@ -572,7 +713,7 @@ class Decoder {
         load_matrices(w, keys + (lane % 16) * C::RopeTile::PITCH + k * 2 + lane / 16 * 16);
 #pragma unroll
         for (int n = 0; n < NB; ++n) {
-          const u32* row = reinterpret_cast<const u32*>(queries + (8 * n + r) * C::ROPE_PITCH + k) + t;
+          const u32* row = reinterpret_cast<const u32*>(queries + column_row(n) * C::ROPE_PITCH + k) + t;
           mma<C::BF16>(c[n], w[0], w[1], w[2], w[3], row[0], row[4]);
         }
       }
@@ -582,97 +723,122 @@ class Decoder {
 #pragma unroll
         for (int n = 0; n < NB; ++n)
 #pragma unroll
-          for (int x = 0; x < 4; ++x)
-            c[n][x] = fmaf(tile[(r + x / 2 * 8) * (C::RopeTile::PITCH / 4) + k],
-                           to_float(queries[(8 * n + 2 * t + x % 2) * C::ROPE_PITCH + k]), c[n][x]);
+          for (int x = 0; x < 2 * LR; ++x) {
+            float& y = c[n][x / LR * 2 + x % LR];
+            y = fmaf(tile[(r + x / LR * 8) * (C::RopeTile::PITCH / 4) + k],
+                     to_float(queries[row_of(n, x % LR) * C::ROPE_PITCH + k]), y);
+          }
     }
 #pragma unroll
     for (int n = 0; n < NB; ++n)
 #pragma unroll
-      for (int x = 0; x < 4; ++x) s[n][x] = fmaf(c[n][x], LOG2E, s[n][x]);
+      for (int x = 0; x < 2 * LR; ++x) s[n][x] = fmaf(c[n][x / LR * 2 + x % LR], LOG2E, s[n][x]);
   }
 
   // Raise the running maxima, or lower the factor on value scales, where this tile asks for it.
-  __device__ __forceinline__ void renormalize(const float (&s)[PARTS][NB][4], u32 stage) {
-    float peak[NB][2], largest = 0.0f;
+  __device__ __forceinline__ void renormalize(const float (&s)[PARTS][NB][2 * LR],
+                                              const ValueScales (&scales)[2 * PARTS]) {
+    float peak[NB][LR];
     bool rise = false;
 #pragma unroll
     for (int n = 0; n < NB; ++n)
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        peak[n][h] = fmaxf(s[0][n][h], s[0][n][h + 2]);
+      for (int j = 0; j < LR; ++j) {
+        peak[n][j] = fmaxf(s[0][n][j], s[0][n][LR + j]);
 #pragma unroll
-        for (int i = 1; i < PARTS; ++i) peak[n][h] = fmaxf(peak[n][h], fmaxf(s[i][n][h], s[i][n][h + 2]));
-        rise |= peak[n][h] > top[n][h] + RISE;
+        for (int i = 1; i < PARTS; ++i) peak[n][j] = fmaxf(peak[n][j], fmaxf(s[i][n][j], s[i][n][LR + j]));
+        rise |= peak[n][j] > top[n][j] + RISE;
       }
-    if constexpr (!V::SCALED_CODES) {
-#pragma unroll
-      for (int i = 0; i < 2 * PARTS; ++i) {
-        const ValueScales scales(stage + VALUE_SCALES_AT, r + 8 * i, first_value_group());
-#pragma unroll
-        for (int g = 0; g < VALUE_GROUPS; ++g) largest = fmaxf(largest, fabsf(scale_value(scales[g])));
-      }
-    }
+    float largest = V::SCALED_CODES ? 1.0f : largest_scale(scales);
     if (!__any_sync(~0u, rise || largest > value_limit)) return;
 
     const bool raise = __any_sync(~0u, rise);  // alike in all warps of a team, as scales are not
-    float adjust = 1.0f;  // on the accumulators, for a new factor on value scales
     largest = warp_max(largest);
-    if (V::SCALED_CODES || largest > value_limit) {
-      const int exponent = V::SCALED_CODES ? 127 : __float_as_uint(largest) >> 23;
-      const float factor = __uint_as_float(static_cast<u32>(min(max(254 - exponent, 1), 240)) << 23) * SCALE_TARGET;
-      adjust = value_factor == 0.0f ? 1.0f : factor / value_factor;
-      value_factor = factor;
-      value_limit = V::SCALED_CODES ? 1.0f : SCALE_LIMIT / factor;
+    if (largest > value_limit) {
+      const int exponent = min(max(127 + SCALE_EXPONENT - static_cast<int>(__float_as_uint(largest) >> 23), -100), 100);
+      value_exponent = static_cast<float>(exponent);
+      value_limit = V::SCALED_CODES ? 1.0f : __uint_as_float(static_cast<u32>(127 + LIMIT_EXPONENT - exponent) << 23);
     }
 #pragma unroll
     for (int n = 0; n < NB; ++n)
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
+      for (int j = 0; j < LR; ++j) {
 #pragma unroll
-        for (int d = 4; d < 32; d *= 2) peak[n][h] = fmaxf(peak[n][h], __shfl_xor_sync(~0u, peak[n][h], d));
-        const float higher = raise ? fmaxf(peak[n][h], top[n][h]) : top[n][h];
-        const float f = exp2_fast(top[n][h] - higher);
-        top[n][h] = higher;
-        sum[n][h] *= f;
+        for (int d = 4; d < 32; d *= 2) peak[n][j] = fmaxf(peak[n][j], __shfl_xor_sync(~0u, peak[n][j], d));
+        if (raise) top[n][j] = fmaxf(peak[n][j], top[n][j]);
+        const float lower = top[n][j] - value_exponent, f = exp2_fast(base[n][j] - lower);
+        base[n][j] = lower;
+        sum[n][j] *= f;
         if constexpr (V::HAS_BIAS) {
 #pragma unroll
-          for (int g = 0; g < VALUE_GROUPS; ++g) bias_sum[g][n][h] *= f;
+          for (int g = 0; g < VALUE_GROUPS; ++g) bias_sum[g][n][j] *= f;
         }
 #pragma unroll
         for (int i = 0; i < DV / TEAM / 16; ++i) {
-          o[i / 2][i % 2][n][h] *= f * adjust;
-          o[i / 2][i % 2][n][h + 2] *= f * adjust;
+          const int column = value_column(i / 2, j);
+          o[i / 2][i % 2][n][column] *= f;
+          o[i / 2][i % 2][n][column + 2] *= f;
         }
       }
   }
 
-  // o += codes(V)^T * (p * scale); p[n][x] as in score().
-  __device__ __forceinline__ void add_values(const float (&p)[NB][4], u32 stage, int part) {
-    const int key = 16 * part + r;
-    const u32 codes = stage + VALUES_AT + 16 * part * C::ValueTile::PITCH + member * V::row_bytes(DV / TEAM);
-    const int first = first_value_group();
-    const u32 scales = stage + VALUE_SCALES_AT, biases = stage + (V::HAS_BIAS ? VALUE_BIASES_AT : VALUE_SCALES_AT);
-    const ValueScales low_scale(scales, key, first), high_scale(scales, key + 8, first);
-    const ValueScales low_bias(biases, key, first), high_bias(biases, key + 8, first);
+  // The largest magnitude of a lane's value scales.
+  __device__ __forceinline__ static float largest_scale(const ValueScales (&scales)[2 * PARTS]) {
+    if constexpr (ValueScales::HELD) {
+      u32 pair = 0;
 #pragma unroll
-    for (int g = 0; g < VALUE_GROUPS; ++g) {
-      float scale[2] = {value_factor, value_factor};
-      if constexpr (!V::SCALED_CODES) {
-        scale[0] *= scale_value(low_scale[g]);
-        scale[1] *= scale_value(high_scale[g]);
+      for (int i = 0; i < 2 * PARTS * ValueScales::WORDS; ++i)
+        pair = max_magnitudes<typename V::Scale>(pair, scales[i / ValueScales::WORDS].words[i % ValueScales::WORDS]);
+      return fmaxf(scale_value(ValueScales::from_bits(pair & 0xffff)), scale_value(ValueScales::from_bits(pair >> 16)));
+    } else {
+      float largest = 0.0f;
+#pragma unroll
+      for (int i = 0; i < 2 * PARTS; ++i)
+#pragma unroll
+        for (int g = 0; g < VALUE_GROUPS; ++g) largest = fmaxf(largest, fabsf(scale_value(scales[i][g])));
+      return largest;
+    }
+  }
+
+  // Where the accumulators of a block of dimensions have row number j of a lane: at this index, and two further on.
+  __device__ __forceinline__ static constexpr int value_column(int block, int j) {
+    return LR == 1 ? block / VALUE_BLOCKS % 2 : j;
+  }
+
+  // o += codes(V)^T * (p * scale); p[n][x] as in score(). The scales are those of the keys r and r + 8.
+  __device__ __forceinline__ void add_values(const float (&p)[NB][2 * LR], const ValueScales& low_scale,
+                                             const ValueScales& high_scale, u32 stage, int part) {
+    const int key = 16 * part + scale_row;
+    const u32 codes = stage + VALUES_AT + 16 * part * C::ValueTile::PITCH;
+    const int first = first_value_group();
+    const u32 biases = stage + (V::HAS_BIAS ? VALUE_BIASES_AT : VALUE_SCALES_AT);
+    const ValueScales low_bias(biases, key, first), high_bias(biases, key + 8, first);
+    ValueWords words;
+    constexpr int TOGETHER = 3 - LR;  // groups whose probabilities share an operand
+    auto scale = [&](int g, int half) {
+      if constexpr (V::SCALED_CODES) return 1.0f;
+      return scale_value((half ? high_scale : low_scale)[g]);
+    };
+#pragma unroll
+    for (int g = 0; g < VALUE_GROUPS; g += TOGETHER) {
+      if constexpr (V::HAS_BIAS) {
+#pragma unroll
+        for (int k = g; k < g + TOGETHER && k < VALUE_GROUPS; ++k) {
+          const float bias[2] = {scale_value(low_bias[k]), scale_value(high_bias[k])};
+#pragma unroll
+          for (int n = 0; n < NB; ++n)
+#pragma unroll
+            for (int x = 0; x < 2 * LR; ++x)
+              bias_sum[k][n][x % LR] = fmaf(bias[x / LR], p[n][x], bias_sum[k][n][x % LR]);
+        }
       }
       u32 operand[TERMS][NB][2];
 #pragma unroll
-      for (int n = 0; n < NB; ++n) {
-        if constexpr (V::HAS_BIAS) {
-          const float bias[2] = {scale_value(low_bias[g]), scale_value(high_bias[g])};
+      for (int h = 0; h < 2; ++h) {
+        const float low = scale(g, h), high = LR == 2 ? low : g + 1 < VALUE_GROUPS ? scale(g + 1, h) : 0.0f;
 #pragma unroll
-          for (int x = 0; x < 4; ++x) bias_sum[g][n][x % 2] = fmaf(bias[x / 2], p[n][x], bias_sum[g][n][x % 2]);
-        }
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          float x = p[n][2 * h] * scale[h], y = p[n][2 * h + 1] * scale[h];
+        for (int n = 0; n < NB; ++n) {
+          float x = p[n][LR * h] * low, y = p[n][LR * h + LR - 1] * high;
 #pragma unroll
           for (int term = 0; term < TERMS; ++term) {
             const u32 packed = pack_half2(x, y);
@@ -682,11 +848,10 @@ class Decoder {
         }
       }
 #pragma unroll
-      for (int i = 0; i < VALUE_BLOCKS; ++i) {
-        const int block = g * VALUE_BLOCKS + i;
+      for (int block = g * VALUE_BLOCKS; block < (g + TOGETHER) * VALUE_BLOCKS && block < DV / TEAM / 32; ++block) {
         u32 low[4], high[4];
-        load_values<V, C::ValueTile::PITCH>(low, high, codes, block, lane);
-        if constexpr (V::SCALED_CODES) scale_values(low, high, scales, block, part);
+        load_values<V, C::ValueTile::PITCH>(low, high, words, codes, value_place, block, lane);
+        if constexpr (V::SCALED_CODES) scale_values(low, high, stage + VALUE_SCALES_AT, block, part);
 #pragma unroll
         for (int term = 0; term < TERMS; ++term)
 #pragma unroll
@@ -711,21 +876,24 @@ class Decoder {
 
   // Sums over the lanes, and the accumulators in true units.
   __device__ __forceinline__ void finish_warp() {
-    const float unit = value_factor == 0.0f ? 0.0f : V::CODE_FACTOR / value_factor;
 #pragma unroll
     for (int n = 0; n < NB; ++n)
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        sum[n][h] = quad_rows_sum(sum[n][h]);
+      for (int j = 0; j < LR; ++j) {
+        // Warps of a team go by their own value scales.
+        const float unit = TEAM > 1 ? exp2_fast(base[n][j] - top[n][j]) : 1.0f;
+        if (TEAM > 1) base[n][j] = top[n][j];
+        sum[n][j] = quad_rows_sum(sum[n][j]) * unit;
 #pragma unroll
         for (int g = 0; g < VALUE_GROUPS; ++g) {
           float bias = 0.0f;
-          if constexpr (V::HAS_BIAS) bias = quad_rows_sum(bias_sum[g][n][h]);
+          if constexpr (V::HAS_BIAS) bias = quad_rows_sum(bias_sum[g][n][j]) * unit;
 #pragma unroll
           for (int i = 0; i < 2 * VALUE_BLOCKS; ++i) {
-            float(&c)[4] = o[g * VALUE_BLOCKS + i / 2][i % 2][n];
-            c[h] = fmaf(c[h], unit, bias);
-            c[h + 2] = fmaf(c[h + 2], unit, bias);
+            const int block = g * VALUE_BLOCKS + i / 2, column = value_column(block, j);
+            float(&c)[4] = o[block][i % 2][n];
+            c[column] = fmaf(c[column], V::CODE_FACTOR * unit, bias);
+            c[column + 2] = fmaf(c[column + 2], V::CODE_FACTOR * unit, bias);
           }
         }
       }
@@ -738,7 +906,7 @@ class Decoder {
 #pragma unroll
       for (int n = 0; n < NB; ++n)
 #pragma unroll
-        for (int h = 0; h < 2; ++h) team_stats[team * ROWS + 8 * n + 2 * t + h] = {top[n][h], sum[n][h]};
+        for (int j = 0; j < LR; ++j) team_stats[team * ROWS + row_of(n, j)] = {base[n][j], sum[n][j]};
     }
     __syncthreads();  // every ring is idle from here on
     float* out = floats(0) + team * ROWS * C::OUT_PITCH + member * (DV / TEAM);
@@ -747,8 +915,9 @@ class Decoder {
 #pragma unroll
       for (int n = 0; n < NB; ++n)
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          float* row = out + (8 * n + 2 * t + h) * C::OUT_PITCH;
+        for (int j = 0; j < LR; ++j) {
+          float* row = out + row_of(n, j) * C::OUT_PITCH;
+          const int h = value_column(block, j);
           const float(&c)[4] = o[block][0][n];
           const float(&d)[4] = o[block][1][n];
           if constexpr (V::BITS == 8) {  // value_dim() of a lane: runs of two, or of four
@@ -782,7 +951,7 @@ class Decoder {
         store(row, d, x, total);
       } else {
         *reinterpret_cast<float4*>(a.partials + (place + row) * DV + d) = x;
-        if (d == 0) *reinterpret_cast<float2*>(a.stats + (place + row) * 2) = {peak, total};
+        if (d == 0) *reinterpret_cast<float2*>(stats + (place + row) * 2) = {peak, total};
       }
     }
     if (splits == 1) return;
@@ -813,52 +982,51 @@ class Decoder {
 
   // Merge the results of `n` splits, `step` apart from `place` on: to the output, or into the first of them.
   __device__ __forceinline__ void merge(i64 place, int n, int step, bool final) {
-    constexpr int BATCH = 8;  // loads under way at once
-    float2* row_stats = reinterpret_cast<float2*>(shared + C::TEAM_STATS);
-    float2* weights = reinterpret_cast<float2*>(shared);  // [split, row]: maximum and sum, then the weight
-    float* stats = a.stats + place * ROWS * 2;
-    for (int i = threadIdx.x; i < n * ROWS; i += WARPS * 32)
-      weights[i] = load_fresh2(stats + (i / ROWS * step * ROWS + i % ROWS) * 2);
-    __syncthreads();
-    for (int row = warp; row < ROWS; row += WARPS) {
-      float peak = LOWEST, total = 0.0f;
-      for (int s = lane; s < n; s += 32) peak = fmaxf(peak, weights[s * ROWS + row].x);
-      peak = warp_max(peak);
-      for (int s = lane; s < n; s += 32) {
-        float2& w = weights[s * ROWS + row];
-        w.x = exp2_fast(w.x - peak);
-        total = fmaf(w.x, w.y, total);
-      }
-      total = warp_sum(total);
-      if (lane == 0) row_stats[row] = {peak, total};
-    }
-    __syncthreads();
+    constexpr int BATCH = 2 * MERGED;  // loads under way at once
+    float2* merged = reinterpret_cast<float2*>(shared + C::TEAM_STATS);
     for (int i = threadIdx.x; i < ROWS * DV / 4; i += WARPS * 32) {
       const int row = i / (DV / 4), d = i % (DV / 4) * 4;
       float* source = a.partials + (place * ROWS + row) * DV + d;
+      float* source_stats = stats + (place * ROWS + row) * 2;
+      float peak = LOWEST, total = 0.0f;
       float4 x = {};
       for (int first = 0; first < n; first += BATCH) {
+        float2 stat[BATCH];
         float4 y[BATCH];
 #pragma unroll
-        for (int j = 0; j < BATCH; ++j) {
-          y[j] = {};
-          if (first + j < n) y[j] = load_fresh4(source + (first + j) * step * (ROWS * DV));
+        for (int k = 0; k < BATCH; ++k) {
+          stat[k] = {LOWEST, 0.0f};
+          if (first + k < n) stat[k] = load_fresh2(source_stats + (first + k) * step * (ROWS * 2));
         }
 #pragma unroll
-        for (int j = 0; j < BATCH; ++j) {
-          const float f = first + j < n ? weights[(first + j) * ROWS + row].x : 0.0f;
-          x = {fmaf(f, y[j].x, x.x), fmaf(f, y[j].y, x.y), fmaf(f, y[j].z, x.z), fmaf(f, y[j].w, x.w)};
+        for (int k = 0; k < BATCH; ++k) {
+          y[k] = {};
+          if (first + k < n) y[k] = load_fresh4(source + (first + k) * step * (ROWS * DV));
+        }
+        const float before = peak;
+#pragma unroll
+        for (int k = 0; k < BATCH; ++k) peak = fmaxf(peak, stat[k].x);
+        const float f = exp2_fast(before - peak);
+        total *= f;
+        x = {x.x * f, x.y * f, x.z * f, x.w * f};
+#pragma unroll
+        for (int k = 0; k < BATCH; ++k) {
+          const float w = exp2_fast(stat[k].x - peak);
+          total = fmaf(w, stat[k].y, total);
+          x = {fmaf(w, y[k].x, x.x), fmaf(w, y[k].y, x.y), fmaf(w, y[k].z, x.z), fmaf(w, y[k].w, x.w)};
         }
       }
-      float total = row_stats[row].y;
       if (final) {
-        add_sink(row, row_stats[row].x, total, x);
+        add_sink(row, peak, total, x);
         store(row, d, x, total);
       } else {
         *reinterpret_cast<float4*>(source) = x;
-        if (d == 0) *reinterpret_cast<float2*>(stats + row * 2) = row_stats[row];
+        if (d == 0) merged[row] = {peak, total};
       }
     }
+    if (final) return;
+    __syncthreads();  // all have read the first split's
+    if (threadIdx.x < ROWS) *reinterpret_cast<float2*>(stats + (place * ROWS + threadIdx.x) * 2) = merged[threadIdx.x];
   }
 
   // A sink is one more logit, of a key without a value.

@@ -37,50 +37,64 @@ class DecodeKernel:
         self.source = decode_body(_NAME, plan, "float", "float")
         sig = plan.signature
         self._row_tiles = sig.kv_heads * plan.row_tiles
-        self._out_shape = (sig.batch, sig.query_heads, sig.query_length, sig.value_dim)
-        self._dtypes = [sig.dtype, mx.float32, mx.float32]
-        self._variants: dict[tuple[mx.Dtype | None, mx.Dtype | None], _Kernel] = {}
+        self._tiles = sig.batch * self._row_tiles
+        self._dtypes = [sig.dtype, mx.float32]
+        self._variants: dict[tuple[mx.Dtype | None, mx.Dtype | None, bool], _Kernel] = {}
+        self._launches: dict[int, dict[str, object]] = {}
 
     def __call__(self, call: AttentionCall) -> mx.array:
         """Attention ``[B, Hq, L, Dv]`` of ``call``, lazy."""
-        plan, sig = self.plan, self.plan.signature
         mask = call.mask if isinstance(call.mask, mx.array) else None
-        inputs = [call.queries, *call.keys.parts]
-        if not sig.shared_kv:
-            inputs.extend(call.values.parts)
+        stack = call.stack
+        if stack is not None:
+            inputs = [call.queries, stack.codes, stack.scales]
+        elif self.plan.signature.shared_kv:
+            inputs = [call.queries, *call.keys.parts]
+        else:
+            inputs = [call.queries, *call.keys.parts, *call.values.parts]
         if mask is not None:
             inputs.append(mask)
         if call.sinks is not None:
             inputs.append(call.sinks)
         if call.rope is not None:
             inputs += (call.rope.queries, call.rope.keys)
-        inputs.append(device_scale(call.scale))
-        splits = plan.splits(call.key_count)
-        tiles = sig.batch * self._row_tiles
-        inputs.append(take_tickets(tiles))
-        partial_rows = tiles * splits * plan.rows if splits > 1 else 0
-        return self._variant(mask, call.sinks)(
-            inputs=inputs,
-            grid=(plan.threads * splits, self._row_tiles, sig.batch),
-            threadgroup=(plan.threads, 1, 1),
-            output_shapes=[self._out_shape, (max(1, partial_rows * sig.value_dim),), (max(1, partial_rows * 2),)],
-            output_dtypes=self._dtypes,
-        )[0]
+        inputs += (device_scale(call.scale), take_tickets(self._tiles))
+        kernel = self._variant(mask, call.sinks, stack is not None)
+        return kernel(inputs=inputs, output_dtypes=self._dtypes, **self._launch(self.plan.splits(call.key_count)))[0]
 
-    def _variant(self, mask: mx.array | None, sinks: mx.array | None) -> _Kernel:
-        """The kernel for the dtypes of this call's mask and sinks, which a signature leaves open."""
-        key = (None if mask is None else mask.dtype, None if sinks is None else sinks.dtype)
-        if key not in self._variants:
+    def _launch(self, splits: int) -> dict[str, object]:
+        """Arguments of a launch that depend on the number of splits alone."""
+        launch = self._launches.get(splits)
+        if launch is None:
+            plan, sig = self.plan, self.plan.signature
+            partial_rows = self._tiles * splits * plan.rows if splits > 1 else 0
+            launch = self._launches[splits] = {
+                "grid": (plan.threads * splits, self._row_tiles, sig.batch),
+                "threadgroup": (plan.threads, 1, 1),
+                "output_shapes": [
+                    (sig.batch, sig.query_heads, sig.query_length, sig.value_dim),
+                    (max(1, partial_rows * (sig.value_dim + 2)),),
+                ],
+            }
+        return launch
+
+    def _variant(self, mask: mx.array | None, sinks: mx.array | None, stacked: bool) -> _Kernel:
+        """The kernel for what a signature leaves open: the dtypes of mask and sinks, and how keys and values come."""
+        key = (None if mask is None else mask.dtype, None if sinks is None else sinks.dtype, stacked)
+        kernel = self._variants.get(key)
+        if kernel is None:
             plan = self.plan
-            mask_type, sink_type = (cuda_type(dtype or mx.float32) for dtype in key)
-            kernel = mx.fast.cuda_kernel(
-                name=_NAME,
-                input_names=decode_inputs(plan.signature),
-                output_names=DECODE_OUTPUTS,
-                source=decode_body(_NAME, plan, mask_type, sink_type),
-                header=prologue(_NAME, plan.threads),
-                ensure_row_contiguous=False,
-                shared_memory=plan.shared_bytes,
+            mask_type, sink_type = (cuda_type(dtype or mx.float32) for dtype in key[:2])
+            kernel = self._variants[key] = cast(
+                _Kernel,
+                mx.fast.cuda_kernel(
+                    name=_NAME,
+                    input_names=decode_inputs(plan.signature, stacked),
+                    output_names=DECODE_OUTPUTS,
+                    source=decode_body(_NAME, plan, mask_type, sink_type, stacked=stacked),
+                    header=prologue(_NAME, plan.threads),
+                    ensure_row_contiguous=False,
+                    shared_memory=plan.shared_bytes,
+                ),
             )
-            self._variants[key] = cast(_Kernel, kernel)
-        return self._variants[key]
+        return kernel

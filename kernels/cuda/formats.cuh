@@ -1,12 +1,15 @@
-// How the codes of each storage format become pairs of halves, exactly: affine codes as integers, floating-point codes
-// as their value times a power of two (CODE_FACTOR undoes it, in float32). Scales stay out of the products.
+// How the codes of each storage format become operands of matrix products, exactly. Scales stay out of the products.
 //
-// Unpacking puts a field of a code word into the mantissa of 1024.0 (0x6400) with one AND-OR; a fused multiply-add then
-// takes the 1024 off and the position of the field within the mantissa out.
+// As halves: affine codes as integers, floating-point codes as their value times a power of two (CODE_FACTOR undoes it,
+// in float32). Unpacking puts a field of a code word into the mantissa of 1024.0 (0x6400) with one AND-OR; a fused
+// multiply-add then takes the 1024 off and the position of the field within the mantissa out.
+//
+// As bytes (keys, where queries have 16 bits): the codes plus BYTE_CENTER, a few ANDs away from the code words.
 //
 // Two arrangements of a block of 32 dimensions:
-//   keys   (rows of an A operand are keys): lane t of a quad holds 8 dimensions of key r, as 4 pairs; key_dim() says
-//          which. The contraction may run in any order as long as the queries follow it.
+//   keys   (rows of an A operand are keys): lane t of a quad holds 8 dimensions of key r, as 4 pairs of halves or as 2
+//          fours of bytes; key_dim() and byte_place() say which. The contraction may run in any order as long as the
+//          queries follow it.
 //   values (rows of an A operand are dimensions): lane (r, t) holds 4 dimensions of the keys 2t and 2t+1, the two keys
 //          in the two halves of a register.
 #pragma once
@@ -36,6 +39,22 @@ struct Format {
   // A 16-byte unit of 2-bit codes is two blocks: worth it where both lie in one group.
   static constexpr bool PAIRED_BLOCKS = BITS == 2 && GROUP >= 64;
   static constexpr int CENTER = MODE == SYMMETRIC ? 1 << (BITS - 1) : 0;
+  // Blocks of 32 dimensions in a 16-byte unit, where units are loaded as matrices of words; 0 where they are not.
+  static constexpr int UNIT_BLOCKS = PAIRED_BLOCKS ? 2 : BITS == 4 ? 1 : 0;
+  static constexpr bool MATRICES = BITS == 8 || UNIT_BLOCKS > 0;
+
+  static constexpr bool HAS_BYTES = MODE == AFFINE || MODE == SYMMETRIC || MODE == MXFP4;
+  static constexpr bool SIGNED_BYTES = MODE == MXFP4;  // looked up: twice the value, less 64
+  static constexpr int BYTE_CENTER = MODE == MXFP4 ? -64 : CENTER;  // what a byte is more than its code
+  static constexpr float BYTE_FACTOR = MODE == MXFP4 ? 0.5f : 1.0f;
+  // Nibble c: where code c of a lane's 8 goes in its two registers.
+  static constexpr u32 CODE_PLACES = MODE == MXFP4 ? 0x76543210u
+                                     : BITS == 3   ? 0x32751640u
+                                     : BITS == 5   ? 0x67325140u
+                                     : BITS == 6   ? 0x16732540u
+                                                   : 0x73625140u;
+  // Nibble c: the bit of its byte at which code c begins. Its query is that much smaller.
+  static constexpr u32 CODE_SHIFT = BITS == 3 ? 0x02111000u : BITS == 5 ? 0x01102200u : BITS == 6 ? 0x20202020u : 0;
   __device__ static constexpr int groups(int dim) { return dim / GROUP; }
   __device__ static constexpr int row_bytes(int dim) { return dim * BITS / 8; }
 };
@@ -66,8 +85,7 @@ __device__ __forceinline__ u32 e2m1_halves(u32 w) {
 template <typename F, int P>
 __device__ __forceinline__ u32 take_nibbles(u32 w) {
   if constexpr (F::MODE == MXFP4 || F::MODE == NVFP4) {
-    u32 x = e2m1_halves<P>(w);
-    return F::MODE == NVFP4 ? mul_half2(x, 0x74007400u) : x;
+    return e2m1_halves<P>(w);
   } else if constexpr (P < 2) {
     return take_fields<F, 4 * P, 4 * P>(w);
   } else {
@@ -80,6 +98,17 @@ template <typename F>
 __device__ __forceinline__ void take_quarters(u32 (&d)[4], u32 w) {
   d[0] = take_fields<F, 0, 0>(w), d[1] = take_fields<F, 2, 2>(w);
   d[2] = take_fields<F, 4, 4>(w), d[3] = take_fields<F, 6, 6>(w);
+}
+
+// The block's 4 codes of each half of a word, of formats loaded as units of 16 bytes.
+template <typename F>
+__device__ __forceinline__ void take_unit(u32 (&d)[4], u32 w, int block) {
+  if constexpr (F::BITS == 2) {
+    take_quarters<F>(d, block % 2 ? w >> 8 : w);
+  } else {
+    d[0] = take_nibbles<F, 0>(w), d[1] = take_nibbles<F, 1>(w);
+    d[2] = take_nibbles<F, 2>(w), d[3] = take_nibbles<F, 3>(w);
+  }
 }
 
 // Bytes I and J of w.
@@ -128,43 +157,132 @@ __device__ constexpr int value_dim(int block, int r, int m, int half) {
   return 32 * block + 4 * r + 2 * m + half;
 }
 
-// Keys r and r + 8, block of 32 dimensions number `block`: 4 pairs each. `rows` is the shared address of 16 rows.
-template <typename F, int PITCH>
-__device__ __forceinline__ void load_keys(u32 (&low)[4], u32 (&high)[4], u32 rows, int block, int lane) {
-  const int r = lane / 4, t = lane % 4;
+// Where a dimension goes among bytes: 32 of each block, 8 of each lane of a quad, 4 of each register.
+template <typename F>
+__device__ constexpr int byte_place(int dim) {
+  if (F::PAIRED_BLOCKS)
+    return (dim / 64 * 2 + dim % 4 / 2) * 32 + dim % 64 / 16 * 8 + dim % 2 * 4 + dim % 16 / 4;
+  if (F::BITS == 8) return dim / 32 * 32 + dim % 16 / 4 * 8 + dim % 32 / 16 * 4 + dim % 4;
+  return dim / 8 * 8 + static_cast<int>(F::CODE_PLACES >> (dim % 8 * 4) & 15);
+}
+
+// Code words of 16 rows (keys) as 8 x 8 matrices of 16-bit units, two 16-byte units a row at a time: a lane gets two
+// units of row r (TRANSPOSED: unit r of two rows). Blocks are asked for in order; a few come with one load.
+template <typename F, typename Tile, int BLOCKS, bool TRANSPOSED>
+struct CodeWords {
+  u32 w[4];
+
+  // Where a lane's part of 16 rows begins, from byte `first` of a row on: `place` of load().
+  __device__ __forceinline__ static u32 place_of(int lane, int first) {
+    if constexpr (F::MATRICES) return Tile::place(lane % 16, first + lane / 16 * 16);
+    const int r = lane / 4, t = lane % 4;
+    return first + (TRANSPOSED ? 2 * t * Tile::PITCH + 4 * F::BITS * r / 32 * 4
+                               : r * Tile::PITCH + 8 * F::BITS * t / 32 * 4);
+  }
+
+  // `rows` is the shared address of the 16 rows.
+  __device__ __forceinline__ void load(u32 rows, u32 place, int block) {
+    if constexpr (F::BITS == 8) {
+      load_matrices<TRANSPOSED>(w, at(rows, place, block * 32));
+    } else if constexpr (F::UNIT_BLOCKS > 0) {
+      if (block % (2 * F::UNIT_BLOCKS) != 0) return;
+      const int unit = block / F::UNIT_BLOCKS;
+      if ((unit + 1) * F::UNIT_BLOCKS < BLOCKS) {
+        load_matrices<TRANSPOSED>(w, at(rows, place, unit * 16));
+      } else {
+        load_two_matrices<TRANSPOSED>(w[0], w[1], at(rows, place, unit * 16));
+      }
+    }
+  }
+  __device__ __forceinline__ static u32 at(u32 rows, u32 place, int bytes) {
+    return Tile::SWIZZLED ? rows + (place ^ bytes) : rows + place + bytes;
+  }
+  // Of the first eight rows (half 0) or the last (half 1).
+  __device__ __forceinline__ u32 of(int block, int half) const { return w[block / F::UNIT_BLOCKS % 2 * 2 + half]; }
+};
+
+// A lane's 8 codes of a key where codes do not fill words: the first 32 bits and the rest.
+template <int BITS>
+__device__ __forceinline__ uint2 code_window(u32 place, int t) {
+  const u32 w0 = load_word(place), w1 = load_word(place + 4);
+  return {__funnelshift_r(w0, w1, 8 * BITS * t % 32), w1 >> (8 * BITS * t % 32)};
+}
+
+// Eight fp4 codes, each as twice its value less 64. A selector of 8 to 15 replicates the sign of what it points at: of
+// the two tables, all negative, the wrong one for a code's sign gives 0xff.
+__device__ __forceinline__ void look_up_fp4(u32& first, u32& last, u32 w) {
+  constexpr u32 PLUS_LOW = 0xc3c2c1c0u, PLUS_HIGH = 0xccc8c6c4u, MINUS_LOW = 0xbdbebfc0u, MINUS_HIGH = 0xb4b8babcu;
+  const u32 flipped = w ^ 0x88888888u;
+  first = permute_bytes(PLUS_LOW, PLUS_HIGH, w) & permute_bytes(MINUS_LOW, MINUS_HIGH, flipped);
+  last = permute_bytes(PLUS_LOW, PLUS_HIGH, w >> 16) & permute_bytes(MINUS_LOW, MINUS_HIGH, flipped >> 16);
+}
+
+// Keys r (a[0], a[2]) and r + 8 (a[1], a[3]), block of 32 dimensions number `block`, as bytes.
+template <typename F, int PITCH, typename Words>
+__device__ __forceinline__ void load_key_bytes(u32 (&a)[4], Words& words, u32 rows, u32 place, int block, int lane) {
+  words.load(rows, place, block);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    u32 &first = a[half], &last = a[half + 2];
+    if constexpr (F::BITS == 8) {
+      first = words.w[half], last = words.w[half + 2];
+    } else if constexpr (F::MODE == MXFP4) {
+      look_up_fp4(first, last, words.of(block, half));
+    } else if constexpr (F::BITS == 4) {
+      const u32 w = words.of(block, half);
+      first = w & 0x0f0f0f0fu, last = w >> 4 & 0x0f0f0f0fu;
+    } else if constexpr (F::PAIRED_BLOCKS) {
+      const u32 w = words.of(block, half) >> (block % 2 * 4);
+      first = w & 0x03030303u, last = w >> 2 & 0x03030303u;
+    } else {
+      const int t = lane % 4;
+      const u32 row = rows + place + 8 * half * PITCH + block * 4 * F::BITS;
+      if constexpr (F::BITS == 2) {
+        const u32 x = __byte_perm(load_word(row), 0, t % 2 ? 0x4342 : 0x4140);
+        first = and_or(x << 4, 0x03000300u, x & 0x00030003u);
+        last = and_or(x << 2, 0x03000300u, x >> 2 & 0x00030003u);
+      } else {
+        const uint2 w = code_window<F::BITS>(row, t);
+        if constexpr (F::BITS == 3) {
+          first = and_or(w.x << 3, 0x07000000u, w.x & 0x001c0e07u);
+          last = and_or(w.x << 10, 0x0e070000u, w.x >> 3 & 0x00000e07u);
+        } else if constexpr (F::BITS == 5) {
+          first = and_or(w.x >> 4, 0x001f0000u, w.x & 0x3e007c1fu);
+          last = and_or(w.y << 13, 0x001f0000u, __funnelshift_r(w.x, w.y, 5) & 0x3e007c1fu);
+        } else {
+          first = and_or(w.y, 0x0000fc00u, w.x & 0x3ffc003fu);
+          last = and_or(w.y << 12, 0x003f0000u, __funnelshift_r(w.x, w.y, 4) & 0xfc003ffcu);
+        }
+      }
+    }
+  }
+}
+
+// Keys r and r + 8, block of 32 dimensions number `block`, as halves: 4 pairs each.
+template <typename F, int PITCH, typename Words>
+__device__ __forceinline__ void load_keys(u32 (&low)[4], u32 (&high)[4], Words& words, u32 rows, u32 place,
+                                          int block, int lane) {
+  words.load(rows, place, block);
   if constexpr (F::BITS == 8) {
-    u32 w[4];
-    load_matrices(w, rows + (lane % 16) * PITCH + block * 32 + (lane / 16) * 16);
+    const u32(&w)[4] = words.w;
     low[0] = take_bytes<F, 0, 1>(w[0]), low[1] = take_bytes<F, 2, 3>(w[0]);
     high[0] = take_bytes<F, 0, 1>(w[1]), high[1] = take_bytes<F, 2, 3>(w[1]);
     low[2] = take_bytes<F, 0, 1>(w[2]), low[3] = take_bytes<F, 2, 3>(w[2]);
     high[2] = take_bytes<F, 0, 1>(w[3]), high[3] = take_bytes<F, 2, 3>(w[3]);
-  } else if constexpr (F::BITS == 4) {
-    u32 w[2];
-    load_two_matrices(w, rows + (lane % 16) * PITCH + block * 16);
-    low[0] = take_nibbles<F, 0>(w[0]), low[1] = take_nibbles<F, 1>(w[0]);
-    low[2] = take_nibbles<F, 2>(w[0]), low[3] = take_nibbles<F, 3>(w[0]);
-    high[0] = take_nibbles<F, 0>(w[1]), high[1] = take_nibbles<F, 1>(w[1]);
-    high[2] = take_nibbles<F, 2>(w[1]), high[3] = take_nibbles<F, 3>(w[1]);
-  } else if constexpr (F::PAIRED_BLOCKS) {
-    u32 w[2];
-    load_two_matrices(w, rows + (lane % 16) * PITCH + block / 2 * 16);
-    take_quarters<F>(low, block % 2 ? w[0] >> 8 : w[0]);
-    take_quarters<F>(high, block % 2 ? w[1] >> 8 : w[1]);
+  } else if constexpr (F::UNIT_BLOCKS > 0) {
+    take_unit<F>(low, words.of(block, 0), block);
+    take_unit<F>(high, words.of(block, 1), block);
   } else {
 #pragma unroll
     for (int x = 0; x < 2; ++x) {
       u32(&d)[4] = x ? high : low;
-      const u32 row = rows + (r + 8 * x) * PITCH + block * 4 * F::BITS;
-      auto word = [&](int i) { return load_word(row + 4 * i); };
+      const int t = lane % 4;
+      const u32 row = rows + place + 8 * x * PITCH + block * 4 * F::BITS;
       if constexpr (F::BITS == 2) {
-        const u32 spread = __byte_perm(word(t / 2), 0, t % 2 ? 0x4342 : 0x4140);
-        take_quarters<F>(d, spread);
+        take_quarters<F>(d, __byte_perm(load_word(row), 0, t % 2 ? 0x4342 : 0x4140));
       } else {
-        const int bit = 8 * F::BITS * t;
-        const u32 w0 = word(bit / 32), w1 = word(bit / 32 + 1);
-        const u32 a = __funnelshift_r(w0, w1, bit % 32), b = w1 >> (bit % 32);
-        take_eight<F>(d, a, b);
+        const uint2 w = code_window<F::BITS>(row, t);
+        take_eight<F>(d, w.x, w.y);
       }
     }
   }
@@ -216,34 +334,25 @@ __device__ __forceinline__ void unpack_values(u32 (&d)[4], u32 a, u32 b) {
 
 // Values of a block of 32 dimensions: low[j] holds the keys 2t, 2t + 1 and high[j] the keys 2t + 8, 2t + 9 of the
 // lane's dimension value_dim(r, j / 2, j % 2).
-template <typename F, int PITCH>
-__device__ __forceinline__ void load_values(u32 (&low)[4], u32 (&high)[4], u32 rows, int block, int lane) {
-  const int r = lane / 4, t = lane % 4;
+template <typename F, int PITCH, typename Words>
+__device__ __forceinline__ void load_values(u32 (&low)[4], u32 (&high)[4], Words& words, u32 rows, u32 place,
+                                            int block, int lane) {
+  words.load(rows, place, block);
   if constexpr (F::BITS == 8) {
-    u32 w[4];
-    load_matrices_transposed(w, rows + (lane % 16) * PITCH + block * 32 + (lane / 16) * 16);
+    const u32(&w)[4] = words.w;
     low[0] = take_bytes<F, 0, 2>(w[0]), low[1] = take_bytes<F, 1, 3>(w[0]);
     high[0] = take_bytes<F, 0, 2>(w[1]), high[1] = take_bytes<F, 1, 3>(w[1]);
     low[2] = take_bytes<F, 0, 2>(w[2]), low[3] = take_bytes<F, 1, 3>(w[2]);
     high[2] = take_bytes<F, 0, 2>(w[3]), high[3] = take_bytes<F, 1, 3>(w[3]);
-  } else if constexpr (F::BITS == 4) {
-    u32 w[2];
-    load_two_matrices_transposed(w, rows + (lane % 16) * PITCH + block * 16);
-    low[0] = take_nibbles<F, 0>(w[0]), low[1] = take_nibbles<F, 1>(w[0]);
-    low[2] = take_nibbles<F, 2>(w[0]), low[3] = take_nibbles<F, 3>(w[0]);
-    high[0] = take_nibbles<F, 0>(w[1]), high[1] = take_nibbles<F, 1>(w[1]);
-    high[2] = take_nibbles<F, 2>(w[1]), high[3] = take_nibbles<F, 3>(w[1]);
-  } else if constexpr (F::PAIRED_BLOCKS) {
-    u32 w[2];
-    load_two_matrices_transposed(w, rows + (lane % 16) * PITCH + block / 2 * 16);
-    take_quarters<F>(low, block % 2 ? w[0] >> 8 : w[0]);
-    take_quarters<F>(high, block % 2 ? w[1] >> 8 : w[1]);
+  } else if constexpr (F::UNIT_BLOCKS > 0) {
+    take_unit<F>(low, words.of(block, 0), block);
+    take_unit<F>(high, words.of(block, 1), block);
   } else {
     u32 window[4];
-    const int bit = 4 * F::BITS * r;
+    const int bit = 4 * F::BITS * (lane / 4);
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      const u32 row = rows + (2 * t + k % 2 + k / 2 * 8) * PITCH + block * 4 * F::BITS + bit / 32 * 4;
+      const u32 row = rows + place + (k % 2 + k / 2 * 8) * PITCH + block * 4 * F::BITS;
       const u32 next = F::BITS == 2 ? 0 : load_word(row + 4);
       window[k] = __funnelshift_r(load_word(row), next, bit % 32);
     }
@@ -256,10 +365,12 @@ __device__ __forceinline__ float scale_value(float x) { return x; }
 __device__ __forceinline__ float scale_value(__half x) { return __half2float(x); }
 __device__ __forceinline__ float scale_value(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ float scale_value(unsigned char x) {  // e8m0: 2^(x - 127)
-  return __uint_as_float(x == 0 ? 0x00400000u : static_cast<u32>(x) << 23);
+  return __uint_as_float(max(static_cast<u32>(x) << 23, 0x00400000u));
 }
 
-// nvfp4's e4m3 scales of two rows as a pair of halves, times 2^-8.
-__device__ __forceinline__ u32 e4m3_pair(u32 low, u32 high) { return e4m3_halves(low << 8 | high << 24); }
+// nvfp4's e4m3 scales of two rows as a pair of halves, times 2^6: their products with codes (times 2^-14) are exact.
+__device__ __forceinline__ u32 e4m3_pair(u32 low, u32 high) {
+  return mul_half2(e4m3_halves(low << 8 | high << 24), 0x74007400u);
+}
 
 }  // namespace qsdpa

@@ -9,6 +9,15 @@ using u32 = unsigned int;
 using u64 = unsigned long long;
 using i64 = long long;
 
+template <typename T>
+struct IsBfloat16 {
+  static constexpr bool value = false;
+};
+template <>
+struct IsBfloat16<__nv_bfloat16> {
+  static constexpr bool value = true;
+};
+
 __device__ __forceinline__ float minus_infinity() { return __int_as_float(0xff800000); }
 constexpr float LOWEST = -3.402823466e38f;  // finite stand-in for "no key yet": a difference with it is never NaN
 constexpr float LOG2E = 1.4426950408889634f;
@@ -16,6 +25,10 @@ constexpr float LOG2E = 1.4426950408889634f;
 __device__ __forceinline__ u32 shared_address(const void* p) {
   return static_cast<u32>(__cvta_generic_to_shared(p));
 }
+
+// Keep x in a register: the compiler computes cheap functions of the thread's number anew wherever they are used.
+__device__ __forceinline__ void keep(u32& x) { asm volatile("" : "+r"(x)); }
+__device__ __forceinline__ void keep(const char*& x) { asm volatile("" : "+l"(x)); }
 
 // (a & b) | c
 __device__ __forceinline__ u32 and_or(u32 a, u32 b, u32 c) {
@@ -43,10 +56,31 @@ __device__ __forceinline__ u32 fma_bfloat162(u32 a, u32 b, u32 c) {
   return d;
 }
 
+// Four bytes of {b, a} by the nibbles of `selector`; bit 3 of a nibble replicates the sign of the byte that it selects,
+// which __byte_perm() does not.
+__device__ __forceinline__ u32 permute_bytes(u32 a, u32 b, u32 selector) {
+  u32 d;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(selector));
+  return d;
+}
+
 // Two floats as a pair of halves, `low` in the low one.
 __device__ __forceinline__ u32 pack_half2(float low, float high) {
   u32 d;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+  return d;
+}
+
+// Per half, the larger magnitude; halves of type T.
+template <typename T>
+__device__ __forceinline__ u32 max_magnitudes(u32 a, u32 b) {
+  u32 d;
+  a &= 0x7fff7fffu, b &= 0x7fff7fffu;
+  if constexpr (IsBfloat16<T>::value) {
+    asm("max.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  } else {
+    asm("max.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  }
   return d;
 }
 
@@ -75,34 +109,52 @@ __device__ __forceinline__ void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a
   }
 }
 
-// Four 8 x 8 matrices of 16-bit units; lane i gives the address of row i % 8 of matrix i / 8.
-__device__ __forceinline__ void load_matrices(u32 (&d)[4], u32 address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
-               : "r"(address)
-               : "memory");
+// c[16 x 8] += a[16 x 32] * b[32 x 8]; bytes (signed in b, and SIGNED or not in a), integer accumulators.
+template <bool SIGNED>
+__device__ __forceinline__ void mma_bytes(int (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+  if constexpr (SIGNED) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  } else {
+    asm volatile(
+        "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
 }
 
-__device__ __forceinline__ void load_matrices_transposed(u32 (&d)[4], u32 address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
-               : "r"(address)
-               : "memory");
+// Four 8 x 8 matrices of 16-bit units, maybe transposed; lane i gives the address of row i % 8 of matrix i / 8.
+template <bool TRANSPOSED = false>
+__device__ __forceinline__ void load_matrices(u32 (&d)[4], u32 address) {
+  if constexpr (TRANSPOSED) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+                 : "r"(address)
+                 : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+                 : "r"(address)
+                 : "memory");
+  }
 }
 
 // The same for two matrices; lanes 0 to 15 give the addresses.
-__device__ __forceinline__ void load_two_matrices(u32 (&d)[2], u32 address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];"
-               : "=r"(d[0]), "=r"(d[1])
-               : "r"(address)
-               : "memory");
-}
-
-__device__ __forceinline__ void load_two_matrices_transposed(u32 (&d)[2], u32 address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
-               : "=r"(d[0]), "=r"(d[1])
-               : "r"(address)
-               : "memory");
+template <bool TRANSPOSED>
+__device__ __forceinline__ void load_two_matrices(u32& d0, u32& d1, u32 address) {
+  if constexpr (TRANSPOSED) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
+                 : "=r"(d0), "=r"(d1)
+                 : "r"(address)
+                 : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];"
+                 : "=r"(d0), "=r"(d1)
+                 : "r"(address)
+                 : "memory");
+  }
 }
 
 __device__ __forceinline__ u32 load_word(u32 address) {
@@ -159,15 +211,6 @@ template <int PENDING>
 __device__ __forceinline__ void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
-
-template <typename T>
-struct IsBfloat16 {
-  static constexpr bool value = false;
-};
-template <>
-struct IsBfloat16<__nv_bfloat16> {
-  static constexpr bool value = true;
-};
 
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }

@@ -13,7 +13,7 @@ from qsdpa_patch.kernels.cuda.decode import DecodeKernel
 from qsdpa_patch.kernels.cuda.mla import MlaKernel
 from qsdpa_patch.kernels.cuda.prefill import PrefillKernel
 from qsdpa_patch.kernels.format import Format
-from qsdpa_patch.kernels.quantized_tensor import QuantizedTensor, quantize_parts
+from qsdpa_patch.kernels.quantized_tensor import PackedStack, QuantizedTensor, quantize_parts, stack_parts
 
 __all__ = ["failure"]
 
@@ -49,10 +49,7 @@ def _problem(kernel: DecodeKernel | MlaKernel | PrefillKernel) -> str:
 def _sample_call(sig: Signature, count: int) -> AttentionCall:
     """A call of ``sig`` with ``count`` keys and random operands."""
     count = max(count, sig.query_length)
-    keys = _random_tensor(sig, sig.key_dim, sig.key_format, sig.key_scale_dtype, count)
-    values = (
-        keys if sig.shared_kv else _random_tensor(sig, sig.value_dim, sig.value_format, sig.value_scale_dtype, count)
-    )
+    keys, values = _random_tensors(sig, count)
     queries = _normal(sig.batch, sig.query_heads, sig.query_length, sig.key_dim).astype(sig.dtype)
     mask: mx.array | str | None = None
     if sig.mask == "causal":
@@ -67,6 +64,19 @@ def _sample_call(sig: Signature, count: int) -> AttentionCall:
         rope = RopeTerm(rope_queries.astype(sig.dtype), rope_keys.astype(sig.dtype))
     sinks = _normal(sig.query_heads).astype(sig.dtype) if sig.has_sinks else None
     return check_call(queries, keys, values, scale=sig.key_dim**-0.5, mask=mask, sinks=sinks, rope=rope)
+
+
+def _random_tensors(sig: Signature, count: int) -> tuple[QuantizedTensor, QuantizedTensor]:
+    """Keys and values: of one stack, as in a cache, where they are alike."""
+    keys = _random_tensor(sig, sig.key_dim, sig.key_format, sig.key_scale_dtype, count)
+    if sig.shared_kv:
+        return keys, keys
+    values = _random_tensor(sig, sig.value_dim, sig.value_format, sig.value_scale_dtype, count)
+    if (keys.format, keys.dim, keys.scale_dtype) != (values.format, values.dim, values.scale_dtype):
+        return keys, values
+    codes, scales = stack_parts([keys.parts, values.parts])
+    keys, values = PackedStack(codes, scales, 2, keys.format, dim=keys.dim, dtype=sig.dtype).tensors()
+    return keys, values
 
 
 def _random_tensor(sig: Signature, dim: int, format: Format, scale_dtype: mx.Dtype, count: int) -> QuantizedTensor:

@@ -45,7 +45,7 @@ MLA_HEADERS = (*_WARPGROUPS, "mla.cuh")
 PREFILL_HEADERS = (*_WARPGROUPS, "panels.cuh", "prefill.cuh")
 _TYPES = {mx.float16: "__half", mx.bfloat16: "__nv_bfloat16", mx.float32: "float", mx.uint8: "uint8_t"}
 
-DECODE_OUTPUTS = ["out", "partials", "stats"]
+DECODE_OUTPUTS = ["out", "partials"]
 
 
 @cache
@@ -77,12 +77,15 @@ def _end_of_bounds(name: str) -> str:
     return f"#undef custom_kernel_{name}\n"
 
 
-def decode_inputs(sig: Signature) -> list[str]:
-    """Names of the inputs of the decode kernel, in order."""
-    names = ["queries", "keys", "key_scales"]
-    names += ["key_biases"] * sig.key_format.has_biases
-    if not sig.shared_kv:
-        names += ["values", "value_scales"] + ["value_biases"] * sig.value_format.has_biases
+def decode_inputs(sig: Signature, stacked: bool = False) -> list[str]:
+    """Names of the inputs of the decode kernel, in order. ``stacked``: keys and values are in two arrays."""
+    if stacked:
+        names = ["queries", "codes", "all_scales"]
+    else:
+        names = ["queries", "keys", "key_scales"]
+        names += ["key_biases"] * sig.key_format.has_biases
+        if not sig.shared_kv:
+            names += ["values", "value_scales"] + ["value_biases"] * sig.value_format.has_biases
     names += ["mask"] * (sig.mask in ("bool", "additive"))
     names += ["sinks"] * sig.has_sinks
     names += ["rope_queries", "rope_keys"] * (sig.rope_dim > 0)
@@ -95,6 +98,12 @@ _OPERANDS = (
 )  # fmt: skip
 """Members of ``DecodeArguments`` before the outputs, in order."""
 
+_STACKED = {
+    "keys": ("codes", 0), "values": ("codes", 1), "key_scales": ("all_scales", 0), "value_scales": ("all_scales", 1),
+    "key_biases": ("all_scales", 2), "value_biases": ("all_scales", 3),
+}  # fmt: skip
+"""Where they are in a stack of keys and values (``PackedStack``)."""
+
 
 def _operand(member: str, inputs: list[str]) -> str:
     """The member of the arguments that the input of this name becomes; an empty one without the input."""
@@ -105,20 +114,29 @@ def _operand(member: str, inputs: list[str]) -> str:
     return f"qsdpa::view({member}, {member}_shape, {member}_strides)"
 
 
-def decode_body(name: str, plan: DecodePlan, mask_type: str, sink_type: str) -> str:
-    """The body of the decode kernel ``name``. ``mask_type`` and ``sink_type`` are CUDA types."""
-    sig = plan.signature
-    inputs = decode_inputs(sig)
+def decode_body(name: str, plan: DecodePlan, mask_type: str, sink_type: str, *, stacked: bool = False) -> str:
+    """The body of the decode kernel ``name``. ``mask_type`` and ``sink_type`` are CUDA types.
 
-    operands = [_operand(member, inputs) for member in _OPERANDS]
-    arguments = ", ".join([*operands, "const_cast<uint32_t*>(tickets)", *DECODE_OUTPUTS])
+    stacked: keys and values come as the two arrays of a ``PackedStack``.
+    """
+    sig = plan.signature
+    inputs = decode_inputs(sig, stacked)
+
+    def operand(member: str) -> str:
+        if stacked and member in _STACKED and (sig.key_format.has_biases or not member.endswith("biases")):
+            array, index = _STACKED[member]
+            count = 4 if array == "all_scales" and sig.key_format.has_biases else 2
+            return f"qsdpa::stacked(qsdpa::view({array}, {array}_shape, {array}_strides), {index}, {count})"
+        return _operand(member, inputs)
+
+    arguments = ", ".join([*map(operand, _OPERANDS), "const_cast<uint32_t*>(tickets)", *DECODE_OUTPUTS])
     parameters = ", ".join(
         (
             _TYPES[sig.dtype],
             f"{sig.key_dim}, {sig.value_dim}",
             _format(sig.key_format, sig.key_scale_dtype),
             _format(sig.value_format, sig.value_scale_dtype),
-            f"{plan.row_blocks}, {mask_kind(sig)}, {mask_type}, {sink_type}, {sig.rope_dim}, {int(sig.shared_kv)}",
+            f"{plan.rows}, {mask_kind(sig)}, {mask_type}, {sink_type}, {sig.rope_dim}, {int(sig.shared_kv)}",
             f"{plan.warps}, {plan.stages}, {plan.parts}, {plan.team}",
         )
     )

@@ -24,25 +24,53 @@ __device__ __forceinline__ bool rows_contiguous(const Rows<T>& x, int row, int b
   return x.element_stride == 1 && x.row_stride == row && reinterpret_cast<u64>(x.data) % bytes == 0;
 }
 
-// How TILE rows of ROW_BYTES bytes each lie in shared memory: PITCH bytes apart, an odd number of 16-byte units, so
-// that 8 rows of 16 bytes each lie in distinct banks.
-template <int TILE, int THREADS, int ROW_BYTES_, typename T>
+// How TILE rows of ROW_BYTES bytes each lie in shared memory, so that 16 bytes of 8 rows lie in distinct banks: without
+// gaps, the units of 16 bytes SWIZZLED within 128, where rows are of a power of two; else PITCH bytes apart, an odd
+// number of units. Copies without gaps make fewer, longer requests to memory.
+template <int TILE, int THREADS, int ROW_BYTES_, typename T, bool MAY_SWIZZLE = true>
 struct RowTile {
   static constexpr int ROW_BYTES = ROW_BYTES_;
-  static constexpr int PITCH = ((ROW_BYTES + 15) / 16 | 1) * 16;
+  static constexpr bool SWIZZLED = MAY_SWIZZLE && ROW_BYTES >= 32 && (ROW_BYTES & (ROW_BYTES - 1)) == 0;
+  static constexpr int PITCH = SWIZZLED || ROW_BYTES % 16 != 0 ? ROW_BYTES : (ROW_BYTES / 16 | 1) * 16;
   static constexpr int BYTES = TILE * PITCH;
   static constexpr int SOURCE_BYTES = TILE * ROW_BYTES;
   static constexpr int CHUNK = ROW_BYTES % 16 == 0 ? 16 : ROW_BYTES % 8 == 0 ? 8 : 4;
 
+  // What byte `at` of a row is XORed with.
+  __device__ __forceinline__ static constexpr int swizzle(int row) {
+    return !SWIZZLED ? 0 : ROW_BYTES >= 128 ? row % 8 * 16 : row * ROW_BYTES / 128 * 16 % ROW_BYTES;
+  }
+  __device__ __forceinline__ static constexpr int place(int row, int at) { return row * PITCH + (at ^ swizzle(row)); }
+
+  // Where the chunks of a thread go: each THREADS-th one from its number on.
+  static constexpr int PER_ROW = ROW_BYTES / CHUNK, ALL = TILE * PER_ROW;
+  struct Places {
+    static constexpr bool REGULAR = THREADS % PER_ROW == 0;
+    u32 at[REGULAR ? 1 : (ALL + THREADS - 1) / THREADS];
+
+    __device__ __forceinline__ explicit Places(int thread) {
+#pragma unroll
+      for (int i = 0; i < static_cast<int>(sizeof(at) / 4); ++i) {
+        const int c = i * THREADS + thread;
+        at[i] = place(c / PER_ROW, c % PER_ROW * CHUNK);
+        keep(at[i]);
+      }
+    }
+    __device__ __forceinline__ u32 operator[](int i) const {
+      if constexpr (!REGULAR) return at[i];
+      const int row = i * THREADS / PER_ROW;  // further on: a multiple of the thread's first row plus one
+      return (at[0] ^ swizzle(row)) + row * PITCH;
+    }
+  };
+
   // From a run of bytes; `source` is the thread's first chunk. Chunks from `valid` bytes on read as zeros (PARTIAL).
   template <bool PARTIAL>
-  __device__ __forceinline__ static void copy_run(u32 shared, const char* source, int thread, int valid) {
-    constexpr int PER_ROW = ROW_BYTES / CHUNK, ALL = TILE * PER_ROW;
+  __device__ __forceinline__ static void copy_run(u32 shared, const Places& places, const char* source, int thread,
+                                                  int valid) {
 #pragma unroll
     for (int i = 0; i < ALL; i += THREADS) {
       const int c = i + thread;
-      const int at = THREADS % PER_ROW == 0 ? thread / PER_ROW * PITCH + thread % PER_ROW * CHUNK + i / PER_ROW * PITCH
-                                            : c / PER_ROW * PITCH + c % PER_ROW * CHUNK;
+      const u32 at = places[i / THREADS];
       if (i + THREADS <= ALL || c < ALL) {
         if constexpr (PARTIAL) {
           const bool inside = c * CHUNK < valid;
@@ -66,7 +94,7 @@ struct RowTile {
         const int row = c / PER_ROW, column = c % PER_ROW;
         T x{};
         if (first + row < count) x = rows.data[(first + row) * rows.row_stride + column * rows.element_stride];
-        *reinterpret_cast<T*>(__cvta_shared_to_generic(shared + row * PITCH + column * sizeof(T))) = x;
+        *reinterpret_cast<T*>(__cvta_shared_to_generic(shared + place(row, column * sizeof(T)))) = x;
       }
     }
   }
@@ -81,7 +109,7 @@ struct RowTile {
       const bool valid = first + row < count;
       const i64 element = column * (SIZE / static_cast<int>(sizeof(T))) * rows.element_stride;
       const T* source = rows.data + (valid ? (first + row) * rows.row_stride + element : 0);
-      copy_async<SIZE>(shared + row * PITCH + column * SIZE, source, valid ? SIZE : 0);
+      copy_async<SIZE>(shared + place(row, column * SIZE), source, valid ? SIZE : 0);
     }
   }
 };
@@ -122,6 +150,8 @@ struct ScaleRow {
   u32 address;
   u32 words[HELD ? WORDS : 1];
 
+  ScaleRow() = default;
+
   __device__ __forceinline__ ScaleRow(u32 tile, int row, int first)
       : address(tile + (row * ROW + first) * static_cast<int>(sizeof(T))) {
     if constexpr (HELD) {
@@ -131,13 +161,15 @@ struct ScaleRow {
   }
 
   __device__ __forceinline__ T operator[](int i) const {
-    T x;
     if constexpr (HELD) {
-      const unsigned short bits = i % 2 ? words[i / 2] >> 16 : words[i / 2] & 0xffff;
-      memcpy(&x, &bits, 2);
+      return from_bits(i % 2 ? words[i / 2] >> 16 : words[i / 2] & 0xffff);
     } else {
-      x = *reinterpret_cast<const T*>(__cvta_shared_to_generic(address + i * sizeof(T)));
+      return *reinterpret_cast<const T*>(__cvta_shared_to_generic(address + i * sizeof(T)));
     }
+  }
+  __device__ __forceinline__ static T from_bits(unsigned short bits) {
+    T x;
+    memcpy(&x, &bits, sizeof(T));
     return x;
   }
 };

@@ -10,9 +10,12 @@ import mlx.core as mx
 import pytest
 
 from qsdpa_patch.kernels.attention_call import AttentionCall, RopeTerm, check_call
-from qsdpa_patch.kernels.cuda import backend
+from qsdpa_patch.kernels.cuda import backend, tickets
+from qsdpa_patch.kernels.cuda.decode import DecodeKernel
+from qsdpa_patch.kernels.cuda.device import HOPPER, DeviceLimits, device_limits
+from qsdpa_patch.kernels.cuda.plan import decode_plan
 from qsdpa_patch.kernels.format import FLOAT_FORMATS, Format
-from qsdpa_patch.kernels.quantized_tensor import QuantizedTensor, quantize
+from qsdpa_patch.kernels.quantized_tensor import PackedStack, QuantizedTensor, quantize, stack_parts
 from tests.attention_cases import (
     FORMATS,
     MASKS,
@@ -262,3 +265,60 @@ def test_every_code_of_the_floating_point_formats(name: str) -> None:
     tensor = QuantizedTensor(words, scales, None, format, dtype=mx.float32)
     queries = mx.random.normal((1, 1, 1, 64), key=mx.random.key(10))
     _check(check_call(queries, tensor, tensor, scale=1e-6), f"all codes of {name}")
+
+
+@pytest.mark.parametrize("format", [Format.affine(4), Format.affine(8, symmetric=True), Format.named("mxfp4")], ids=str)
+@pytest.mark.parametrize("capacity", [500, 640])
+def test_keys_and_values_in_one_stack(format: Format, capacity: int) -> None:
+    """As caches store them: all heads of keys, then all of values, the first positions of a larger buffer."""
+    mx.random.seed(11)
+    sides = [quantize(mx.random.normal((2, 3, capacity, 128)).astype(mx.float16), format) for _ in range(2)]
+    codes, scales = (part[:, :, :491] for part in stack_parts([x.parts for x in sides]))
+    stack = PackedStack(codes, scales, 2, format, dim=128, dtype=mx.float16)
+    queries = mx.random.normal((2, 12, 3, 128)).astype(mx.float16)
+    call = check_call(queries, *stack.tensors(), scale=0.1, mask="causal")
+    assert call.stack is stack
+    _check(call, f"a stack of {format}")
+
+
+@pytest.mark.parametrize("shared", [99, 64, 48])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(seed=12, group=4, count=3000, capacity=3072, key_dim=128, value_dim=128, dtype=mx.float16),
+        Case(
+            seed=13, group=4, count=3000, capacity=3000, key_dim=256, value_dim=256, dtype=mx.bfloat16,
+            key_format=Format.affine(8), value_format=Format.affine(8),
+        ),
+        Case(
+            seed=14, group=3, length=4, count=333, capacity=400, key_dim=128, value_dim=128, dtype=mx.float32,
+            mask="causal", key_format=Format.affine(3), value_format=Format.named("nvfp4"),
+        ),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_plans_for_devices_with_less_shared_memory(case: Case, shared: int) -> None:
+    limits = device_limits()
+    assert limits is not None
+    call = build(case)
+    plan = decode_plan(call.signature, replace(limits, shared_per_block=shared * 1024))
+    if limits.shared_per_block >= HOPPER.shared_per_block:
+        assert (plan.warps, plan.stages, plan.parts) != _layout(call, HOPPER)
+    error = relative_error(DecodeKernel(plan)(call), expected(call))
+    assert error <= TOLERANCES[case.dtype], f"error {error:.2g} with {shared} KiB in {case}"
+
+
+def _layout(call: AttentionCall, limits: DeviceLimits) -> tuple[int, int, int]:
+    plan = decode_plan(call.signature, limits)
+    return plan.warps, plan.stages, plan.parts
+
+
+def test_counters_are_made_anew_when_all_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tickets, "_free", {})
+    call = build(Case(seed=15, group=4, count=5000, capacity=5000, key_dim=128, value_dim=128, dtype=mx.float16))
+    taken, reason = backend.has_fused_kernel(call.signature)
+    assert taken, reason
+    results = [backend.attend(call) for _ in range(300)]  # none evaluated yet: no two may share counters
+    mx.eval(results)
+    assert all(mx.array_equal(result, results[0]).item() for result in results)
+    assert relative_error(results[0], expected(call)) <= TOLERANCES[mx.float16]
