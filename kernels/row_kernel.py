@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from qsdpa_patch.kernels.format import Format
+from qsdpa_patch.kernels.rotation import block_size
 
-__all__ = ["OUTPUTS", "PACK", "RowKernel", "Rows", "kernel_body"]
+__all__ = ["OUTPUTS", "PACK", "RowKernel", "Rows", "can_rotate", "kernel_body"]
 
 RowKernel = Callable[..., list[mx.array]]
 """A kernel of ``mx.fast.cuda_kernel`` or ``mx.fast.metal_kernel``."""
@@ -26,7 +27,8 @@ PACK = 8
 class Rows:
     """The rows that one compiled kernel takes, whatever their batch, heads and count.
 
-    format: fitted, and not rotated. dim: numbers of a row before padding. sides: 1, or 2 for keys and values.
+    format: fitted. Where it is rotated, the kernel rotates the rows itself (:func:`can_rotate`). dim: numbers of a row
+    before padding. sides: 1, or 2 for keys and values.
     """
 
     format: Format
@@ -40,9 +42,19 @@ class Rows:
         return self.format.fit(self.dim)[1]
 
     @property
+    def rotated_block(self) -> int:
+        """Numbers that are rotated together; 0 where none are."""
+        return block_size(self.dim) if self.format.rotated else 0
+
+    @property
     def inputs(self) -> tuple[str, ...]:
         """Names of the kernel's inputs."""
         return ("rows",) if self.sides == 1 else ("keys", "values")
+
+
+def can_rotate(dim: int) -> bool:
+    """Whether a kernel can rotate rows of ``dim`` numbers: blocks within a warp or SIMD-group, and no padding."""
+    return dim % 32 == 0 and block_size(dim) <= 32 * PACK
 
 
 def kernel_body(rows: Rows, scalar: str, mode: int, thread: str) -> str:
@@ -57,6 +69,8 @@ def kernel_body(rows: Rows, scalar: str, mode: int, thread: str) -> str:
     first = rows.inputs[0]
     if rows.sides == 1:
         sides.append(f"Side<{scalar}>{{{first}, 0, 0, 0, 0, 0}}")
-    parameters = f"{rows.format.bits}, {rows.format.group_size}, {mode}, {rows.dim}, {rows.padded}"
-    arguments = (*sides, f"{first}_shape[0]", f"{first}_shape[2]", *OUTPUTS, thread)
+    block = rows.rotated_block
+    parameters = f"{rows.format.bits}, {rows.format.group_size}, {mode}, {rows.dim}, {rows.padded}, {block}"
+    rotation_scale = f"{max(1, block) ** -0.5}f"
+    arguments = (*sides, f"{first}_shape[0]", f"{first}_shape[2]", rotation_scale, *OUTPUTS, thread)
     return f"quantize_rows<{parameters}>({', '.join(arguments)});\n"

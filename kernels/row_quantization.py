@@ -19,7 +19,7 @@ from qsdpa_patch.kernels.backends import default_backend_name, load_backend
 from qsdpa_patch.kernels.format import Format
 from qsdpa_patch.kernels.quantized_tensor import quantize_parts, stack_parts
 from qsdpa_patch.kernels.rotation import rotate
-from qsdpa_patch.kernels.row_kernel import PACK, RowKernel, Rows
+from qsdpa_patch.kernels.row_kernel import PACK, RowKernel, Rows, can_rotate
 
 __all__ = ["has_row_kernel", "quantize_rows", "quantize_rows_in_ops"]
 
@@ -87,14 +87,22 @@ def _plan(format: Format, on_gpu: bool, *described: mx.Dtype | tuple[int, ...]) 
     dtypes, shapes = cast(tuple[mx.Dtype, ...], described[::2]), cast(tuple[tuple[int, ...], ...], described[1::2])
     _check(format, dtypes, shapes)
     batch, _, count, dim = shapes[0]
-    rows = Rows(format.packing, dtypes[0], dim, len(shapes))
     heads = sum(shape[1] for shape in shapes)
-    threads = batch * heads * count * (rows.padded // PACK)
     backend = default_backend_name() if on_gpu else "cpu"
-    if not 0 < threads < 1 << 31 or not has_row_kernel(backend, rows)[0]:
-        return partial(quantize_rows_in_ops, format=format)
-    quantize = partial(_launch, _prepared(_kernel(backend, rows), rows, batch, heads, count))
-    return partial(_rotated, quantize) if format.rotated else quantize
+    for packed in _formats_of_kernels(format, dim):
+        rows = Rows(packed, dtypes[0], dim, len(shapes))
+        threads = batch * heads * count * (rows.padded // PACK)
+        if 0 < threads < 1 << 31 and has_row_kernel(backend, rows)[0]:
+            quantize = partial(_launch, _prepared(_kernel(backend, rows), rows, batch, heads, count))
+            return quantize if packed == format else partial(_rotated, quantize)
+    return partial(quantize_rows_in_ops, format=format)
+
+
+def _formats_of_kernels(format: Format, dim: int) -> list[Format]:
+    """What a kernel may do of ``format``: all, or where rows are rotated, all but that."""
+    if not format.rotated:
+        return [format]
+    return [format, format.packing] if can_rotate(dim) else [format.packing]
 
 
 def _check(format: Format, dtypes: tuple[mx.Dtype, ...], shapes: tuple[tuple[int, ...], ...]) -> None:

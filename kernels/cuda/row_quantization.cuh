@@ -58,6 +58,42 @@ __device__ __forceinline__ void store_pack(unsigned char* out, unsigned long lon
   }
 }
 
+template <typename T>
+__device__ __forceinline__ void round_to(float (&x)[PACK]) {
+#pragma unroll
+  for (int i = 0; i < PACK; ++i) x[i] = static_cast<float>(static_cast<T>(x[i]));
+}
+
+// The Hadamard transform of each block of `BLOCK` numbers of a row, as mx.hadamard_transform does it: it rounds to T after
+// every four of its steps, and at the end. `pack` is the place of this thread's numbers in the row.
+template <int BLOCK, typename T>
+__device__ __forceinline__ void rotate(float (&x)[PACK], unsigned pack, float scale) {
+  static_assert(BLOCK <= 32 * PACK, "a block must lie within a warp");
+#pragma unroll
+  for (int apart = 1; apart < BLOCK; apart *= 2) {
+    if (apart < PACK) {
+#pragma unroll
+      for (int i = 0; i < PACK; ++i) {
+        if (i & apart) continue;
+        const float a = x[i], b = x[i | apart];
+        x[i] = a + b;
+        x[i | apart] = a - b;
+      }
+    } else {
+      const bool second = pack & (apart / PACK);
+#pragma unroll
+      for (int i = 0; i < PACK; ++i) {
+        const float other = __shfl_xor_sync(0xffffffff, x[i], apart / PACK);
+        x[i] = second ? other - x[i] : x[i] + other;
+      }
+    }
+    if (apart == 8 || apart == 128 || 2 * apart == BLOCK) round_to<T>(x);
+  }
+#pragma unroll
+  for (int i = 0; i < PACK; ++i) x[i] *= scale;
+  round_to<T>(x);
+}
+
 // The smallest and the largest of all numbers of a group; the latter at least 0. NaN are passed over.
 template <int LANES>
 __device__ __forceinline__ void range_of_group(const float (&x)[PACK], float& low, float& high) {
@@ -156,14 +192,15 @@ __device__ __forceinline__ unsigned long long float_codes(const float (&x)[PACK]
   return codes;
 }
 
-// Rows of `DIM` numbers, stored as `PADDED`; `second` has no heads where there is one side. There are as many threads
-// as packs, rounded up to whole warps.
+// Rows of `DIM` numbers, stored as `PADDED`, and rotated first in blocks of `BLOCK` unless that is 0; `second` has no
+// heads where there is one side. There are as many threads as packs, rounded up to whole warps.
 //
 // codes: [batch, first.heads + second.heads, count, PADDED * BITS / 8] bytes. scales: [batch, planes, count, PADDED /
 // GROUP], where planes are the heads, and where there are biases as many again for them.
-template <int BITS, int GROUP, int MODE, int DIM, int PADDED, typename T, typename Scale>
+template <int BITS, int GROUP, int MODE, int DIM, int PADDED, int BLOCK, typename T, typename Scale>
 __device__ __forceinline__ void quantize_rows(
-    Side<T> first, Side<T> second, unsigned batch, unsigned count, unsigned* codes, Scale* scales, unsigned thread) {
+    Side<T> first, Side<T> second, unsigned batch, unsigned count, float rotation_scale, unsigned* codes, Scale* scales,
+    unsigned thread) {
   constexpr unsigned PACKS = PADDED / PACK, LANES = GROUP / PACK, GROUPS = PADDED / GROUP;
   const unsigned first_heads = first.heads, heads = first_heads + second.heads;
   const bool inside = thread < batch * heads * count * PACKS;  // all threads of a warp take part in exchanges
@@ -174,6 +211,7 @@ __device__ __forceinline__ void quantize_rows(
                      (head < first_heads ? head : head - first_heads) * side.head_stride;
   float x[PACK];
   load_pack<DIM>(x, numbers, side.stride, pack * PACK);
+  if constexpr (BLOCK != 0) rotate<BLOCK, T>(x, pack, rotation_scale);
 
   unsigned long long packed;
   const bool leads = inside && pack % LANES == 0;  // of the threads of a group, the one that stores its scale

@@ -34,6 +34,48 @@ inline void store_pack(device uchar* out, ulong codes) {
   }
 }
 
+template <typename T>
+inline void round_to(thread float* x) {
+  MLX_MTL_PRAGMA_UNROLL
+  for (int i = 0; i < 8; i++) {
+    x[i] = float(static_cast<T>(x[i]));
+  }
+}
+
+// The Hadamard transform of each block of `BLOCK` numbers of a row, as mx.hadamard_transform does it: it rounds to T after
+// every four of its steps, and at the end. `pack` is the place of this thread's numbers in the row.
+template <int BLOCK, typename T>
+inline void rotate(thread float* x, uint pack, float scale) {
+  MLX_MTL_PRAGMA_UNROLL
+  for (int apart = 1; apart < BLOCK; apart *= 2) {
+    if (apart < 8) {
+      MLX_MTL_PRAGMA_UNROLL
+      for (int i = 0; i < 8; i++) {
+        if ((i & apart) == 0) {
+          const float a = x[i], b = x[i | apart];
+          x[i] = a + b;
+          x[i | apart] = a - b;
+        }
+      }
+    } else {
+      const bool second = (pack & uint(apart / 8)) != 0;
+      MLX_MTL_PRAGMA_UNROLL
+      for (int i = 0; i < 8; i++) {
+        const float other = simd_shuffle_xor(x[i], ushort(apart / 8));
+        x[i] = second ? other - x[i] : x[i] + other;
+      }
+    }
+    if (apart == 8 || apart == 128 || 2 * apart == BLOCK) {
+      round_to<T>(x);
+    }
+  }
+  MLX_MTL_PRAGMA_UNROLL
+  for (int i = 0; i < 8; i++) {
+    x[i] *= scale;
+  }
+  round_to<T>(x);
+}
+
 template <int LANES>
 inline float least_of_group(float x) {
   MLX_MTL_PRAGMA_UNROLL
@@ -132,17 +174,19 @@ inline ulong float_codes(thread const float* x, float largest, thread uint& scal
   return codes;
 }
 
-// Rows of `DIM` numbers, stored as `PADDED` (the last number again and again); `second` has no heads where there is one
-// side. There are as many threads as packs, rounded up to whole SIMD-groups.
+// Rows of `DIM` numbers, stored as `PADDED` (the last number again and again), and rotated first in blocks of `BLOCK`
+// unless that is 0; `second` has no heads where there is one side. There are as many threads as packs, rounded up to
+// whole SIMD-groups.
 //
 // codes: [batch, first.heads + second.heads, count, PADDED * BITS / 8] bytes. scales: [batch, planes, count, PADDED /
 // GROUP], where planes are the heads, and where there are biases as many again for them.
-template <int BITS, int GROUP, int MODE, int DIM, int PADDED, typename T, typename Scale>
+template <int BITS, int GROUP, int MODE, int DIM, int PADDED, int BLOCK, typename T, typename Scale>
 inline void quantize_rows(
     Side<T> first,
     Side<T> second,
     uint batch,
     uint count,
+    float rotation_scale,
     device uint* codes,
     device Scale* scales,
     uint thread_index) {
@@ -159,6 +203,9 @@ inline void quantize_rows(
   MLX_MTL_PRAGMA_UNROLL
   for (int i = 0; i < 8; i++) {
     x[i] = float(numbers[metal::min(int(pack) * 8 + i, DIM - 1) * side.stride]);
+  }
+  if (BLOCK != 0) {
+    rotate<BLOCK, T>(x, pack, rotation_scale);
   }
 
   ulong packed;

@@ -18,6 +18,7 @@ FORMATS = [
     *(Format.affine(bits, group) for bits in AFFINE_BITS for group in AFFINE_GROUP_SIZES),
     *map(Format.named, FLOAT_FORMATS),
 ]
+ROTATED = [Format.affine(4, 32, rotated=True), Format.named("mxfp8", rotated=True)]
 SHAPE = (1, 4, 512, 128)
 
 
@@ -45,12 +46,19 @@ def _assert_bits_of_mlx(sides: list[mx.array], format: Format, name: str) -> Non
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32], ids=str)
-@pytest.mark.parametrize("format", FORMATS, ids=str)
+@pytest.mark.parametrize("format", FORMATS + ROTATED, ids=str)
 def test_every_format(format: Format, dtype: mx.Dtype) -> None:
     for name, x in _inputs(dtype):
         keys = x.astype(dtype)
         values = mx.contiguous(keys[:, ::-1].swapaxes(1, 2)).swapaxes(1, 2)
         _assert_bits_of_mlx([keys, values], format, name)
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32], ids=str)
+@pytest.mark.parametrize("dim", [32, 64, 96, 256])
+def test_rotated_rows_of_any_length(dim: int, dtype: mx.Dtype) -> None:
+    x = mx.random.normal((2, 3, 100, dim), key=mx.random.key(dim)).astype(dtype)
+    _assert_bits_of_mlx([x, x[:, ::-1]], ROTATED[0], f"rows of {dim}")
 
 
 def test_any_layout() -> None:

@@ -47,6 +47,7 @@ def dispatches_of_caches() -> Iterator[tuple[str, Counter[str]]]:
     four = Format.affine(4)
     yield "mlx-lm quantized", count_dispatches(mlx_lm_cache.QuantizedKVCache(group_size=64, bits=4))
     yield "4-bit keys and values", count_dispatches(QuantizedKVCache(four))
+    yield "the same, rotated", count_dispatches(QuantizedKVCache(Format.affine(4, rotated=True)))
     yield "8-bit keys, 4-bit values", count_dispatches(QuantizedKVCache(Format.affine(8), four))
     yield "unquantized", count_dispatches(mlx_lm_cache.KVCache())
 

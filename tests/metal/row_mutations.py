@@ -19,6 +19,7 @@ __all__ = ["ROW_MUTATIONS", "RowMutation", "row_mutation_caught_by"]
 
 _FILE = "row_quantization.metal"
 _FOUR = Format.affine(4)
+_ROTATED = Format.affine(4, rotated=True)
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class RowMutation:
     caught: str = "bytes differ"
     format: Format = _FOUR
     dim: int = 128
+    dtype: mx.Dtype = mx.float32
 
 
 ROW_MUTATIONS = (
@@ -73,6 +75,10 @@ ROW_MUTATIONS = (
                 format=Format.named("nvfp4")),
     RowMutation("scale of nvfp4 for groups of 32", "float_codes<MODE>(x, largest_of_group<GROUP / 8>",
                 "float_codes<MODE>(x, largest_of_group<4>", format=Format.named("nvfp4")),
+    RowMutation("rotation: differences the other way round", "second ? other - x[i]", "second ? x[i] - other",
+                format=_ROTATED),
+    RowMutation("rotation: not rounded between its steps", "apart == 8 || ", "", format=_ROTATED, dtype=mx.float16),
+    RowMutation("rotation: not scaled", "x[i] *= scale;", "", format=_ROTATED),
 )  # fmt: skip
 
 
@@ -87,7 +93,7 @@ def row_mutation_caught_by(mutation: RowMutation) -> str:
         assert mutation.old in text, f"'{mutation.name}': nothing to mutate in {name}"
         return text.replace(mutation.old, mutation.new)
 
-    rows = Rows(mutation.format, mx.float32, mutation.dim, 2)
+    rows = Rows(mutation.format, mutation.dtype, mutation.dim, 2)
     with emulated_row_quantization(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(sources, "_read", mutated)
         patch.setattr(sources, "row_quantization_header", sources.row_quantization_header.__wrapped__)
@@ -101,6 +107,7 @@ def _difference(rows: Rows) -> str:
     """How the kernel's output differs for rows that lie apart in memory, with halves, signed zeros and extremes."""
     x = mx.random.normal((2, 2, rows.dim, 7), key=mx.random.key(0))
     x = mx.where(mx.abs(x) < 0.3, -0.0, mx.round(8 * x) / 8) * mx.array([1, 2, 3, 4, 5, 1e5, 2e-3])
+    x = x.astype(rows.dtype)
     sides = [x.swapaxes(2, 3)[:, :, 1:], x.swapaxes(2, 3)[:, 1:, :6] - 3]
     kernel = row_quantization._kernel("metal", rows)
     actual = row_quantization._launch(row_quantization._prepared(kernel, rows, 2, 3, 6), sides)

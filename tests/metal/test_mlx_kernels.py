@@ -9,6 +9,7 @@ import mlx.core as mx
 import pytest
 
 from qsdpa_patch.kernels.format import FLOAT_FORMATS, Format
+from qsdpa_patch.kernels.rotation import rotate
 from tests.metal import mlx_attention, mlx_quantization
 from tests.metal.emulator import MetalError, missing_tools
 
@@ -60,3 +61,10 @@ def test_fp_quantize(name: str) -> None:
     wanted = mx.quantize(x, mode=name)
     assert mx.array_equal(scales, wanted[1])
     assert mx.array_equal(mx.dequantize(codes, scales, mode=name), mx.dequantize(*wanted, mode=name))
+
+
+@pytest.mark.parametrize("dim", [8, 64, 96, 256])
+def test_hadamard(dim: int) -> None:
+    """The kernel of hadamard.h against ``mx.hadamard_transform``."""
+    x = mx.random.normal((4, dim), key=mx.random.key(0))
+    assert mx.allclose(mlx_quantization.rotate(x), rotate(x), rtol=0, atol=1e-6)

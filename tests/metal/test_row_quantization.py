@@ -15,7 +15,7 @@ import pytest
 from qsdpa_patch.kernels import row_quantization
 from qsdpa_patch.kernels.format import AFFINE_BITS, AFFINE_GROUP_SIZES, FLOAT_FORMATS, Format
 from qsdpa_patch.kernels.metal import backend
-from qsdpa_patch.kernels.quantized_tensor import quantize_parts
+from qsdpa_patch.kernels.quantized_tensor import quantize_parts, stack_parts
 from qsdpa_patch.kernels.row_kernel import Rows
 from qsdpa_patch.kernels.row_quantization import has_row_kernel, quantize_rows
 from tests.metal.emulated_backend import emulated_row_quantization
@@ -89,14 +89,25 @@ def test_rows_that_are_padded(costs: list[Cost], dim: int, bits: int) -> None:
     assert_bits_of_mlx([normal(1, 2, 3, dim), normal(1, 1, 3, dim)], format)
 
 
-def test_rotated_rows_are_rotated_first(costs: list[Cost]) -> None:
-    sides = [normal(1, 2, 3, 64), normal(1, 2, 3, 64) + 1]
-    actual = quantize_rows(sides, Format.affine(4, rotated=True))
-    launches = len(costs)
-    wanted = [quantize_parts(x, Format.affine(4, rotated=True)) for x in sides]
-    for a, parts in zip(actual, ([p[:1] for p in wanted], [p[1:] for p in wanted]), strict=True):
-        assert mx.array_equal(a, mx.concatenate([part for kind in zip(*parts) for part in kind], axis=1))
-    assert mx.metal.is_available() or launches == 2  # the check at first use, and this
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dim", [32, 64, 96, 128, 256])
+def test_rows_that_the_kernel_rotates(costs: list[Cost], dim: int, dtype: mx.Dtype) -> None:
+    format = Format.affine(4, 32, rotated=True)
+    assert_bits_of_mlx([normal(1, 2, 3, dim, dtype=dtype), normal(1, 3, 3, dim, dtype=dtype)], format)
+    before = len(costs)
+    quantize_rows([normal(1, 2, 3, dim, dtype=dtype), normal(1, 3, 3, dim, dtype=dtype)], format)
+    assert mx.metal.is_available() or len(costs) == before + 1
+
+
+@pytest.mark.parametrize("dim", [72, 512])
+def test_rows_that_are_rotated_before(costs: list[Cost], dim: int) -> None:
+    """Padded ones, and ones longer than a SIMD-group's threads hold."""
+    format, _ = Format.affine(4, rotated=True).fit(dim)
+    sides = [normal(1, 2, 3, dim), normal(1, 2, 3, dim) + 1]
+    actual = quantize_rows(sides, format)
+    wanted = stack_parts([quantize_parts(x, format) for x in sides])  # on the CPU, which in float32 rounds alike
+    assert all(map(mx.array_equal, actual, wanted))
+    assert mx.metal.is_available() or len(costs) == 2  # the check at first use, and this
 
 
 @pytest.mark.skipif(mx.metal.is_available(), reason="counts are the emulator's")
