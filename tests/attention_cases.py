@@ -105,7 +105,7 @@ def random_prefill_case(seed: int) -> Case:
     length = rng.choice((17, rng.randint(17, 300), rng.randint(17, 150), 128))
     case = random_case(seed)
     count = max(length, case.count)
-    key_format = case.key_format.fit(key_dim)[0]
+    key_format, value_format = case.key_format.fit(key_dim)[0], case.value_format.fit(value_dim)[0]
     return replace(
         case,
         group=rng.choice((1, 2, 3, 4, 8)),
@@ -116,7 +116,8 @@ def random_prefill_case(seed: int) -> Case:
         value_dim=value_dim,
         dtype=rng.choice((mx.float16, mx.bfloat16)),
         key_format=key_format,
-        value_format=case.value_format.fit(value_dim)[0],
+        value_format=value_format,
+        stacked=case.stacked and (key_dim, key_format) == (value_dim, value_format),
     )
 
 
