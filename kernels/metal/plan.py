@@ -23,8 +23,9 @@ _LATENT_REGISTERS = 80
 """Those and the dequantized numbers of the keys."""
 _LATENT_ROW_TILES = 4
 """With 16 keys at a time: the parts of the scores take 4 KB of threadgroup memory for each tile of rows."""
-_CORES = {"p": 6, "g": 16, "s": 40, "c": 40, "d": 76}
-"""Cores by the last letter of an architecture's name, which tells phone, base or Pro, Max and Ultra apart."""
+_CORES = {"Ultra": 76, "Max": 40, "Pro": 18}
+"""Cores by what a device's name has after "Apple M4"."""
+_CORES_OF_OTHERS = 10
 
 
 class Kind(Enum):
@@ -60,11 +61,11 @@ class Launch:
 
 @cache
 def core_count() -> int:
-    """GPU cores of this machine, about: Metal tells the class of the device only."""
+    """GPU cores of this machine, about: Metal tells the device's name only."""
     if not mx.metal.is_available():
-        return _CORES["g"]
-    architecture = str(mx.device_info(mx.gpu).get("architecture", ""))
-    return _CORES.get(architecture[-1:], _CORES["g"])
+        return _CORES_OF_OTHERS
+    name = str(mx.device_info(mx.gpu).get("device_name", ""))
+    return next((cores for word, cores in _CORES.items() if word in name.split()), _CORES_OF_OTHERS)
 
 
 @cache

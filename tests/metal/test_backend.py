@@ -155,13 +155,12 @@ def test_infinite_and_huge_masks_leave_other_keys_exact(metal: EmulatedBackend) 
 
 
 @pytest.mark.parametrize(
-    ("architecture", "cores"), [("applegpu_g14d", 76), ("applegpu_g16g", 16), ("applegpu_g18z", 16), ("", 16)]
+    ("device", "cores"),
+    [("Apple M2 Ultra", 76), ("Apple M3 Max", 40), ("Apple M4 Pro", 18), ("Apple M4", 10), ("", 10)],
 )
-def test_cores_are_told_by_the_class_of_the_device(
-    monkeypatch: pytest.MonkeyPatch, architecture: str, cores: int
-) -> None:
+def test_cores_are_told_by_the_name_of_the_device(monkeypatch: pytest.MonkeyPatch, device: str, cores: int) -> None:
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
-    monkeypatch.setattr(mx, "device_info", lambda device: {"architecture": architecture})
+    monkeypatch.setattr(mx, "device_info", lambda _: {"device_name": device})
     plan.core_count.cache_clear()
     assert plan.core_count() == cores
     plan.core_count.cache_clear()
