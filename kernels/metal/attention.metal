@@ -15,16 +15,11 @@ inline int64_t offset_in_mask(
 // one group.
 //
 // Scores: queries (rows x dims) times keys (dims x keys). Of a chunk of 64 PACKS dims a lane dequantizes PACKS packs of
-// each of its two keys, and reads 16 PACKS consecutive numbers of its query row. Fragment e of 8 PACKS takes number e of
-// each lane's run.
+// each of its two keys, and reads 16 PACKS consecutive numbers of its query row. Fragment e of 8 PACKS takes number e
+// of each lane's run.
 //
-// Output: weights (rows x keys) times values (keys x dims). Of a chunk of 32 PACKS dims, a lane dequantizes PACKS packs of
-// its key, which are its part of 4 PACKS fragments, and ends with 8 PACKS consecutive numbers of its output row.
-
-template <int DIM>
-constexpr int packs_of_lane() {
-  return DIM % 128 == 0 ? 2 : 1;
-}
+// Output: weights (rows x keys) times values (keys x dims). Of a chunk of 32 PACKS dims, a lane dequantizes PACKS packs
+// of its key, which are its part of 4 PACKS fragments, and ends with 8 PACKS consecutive numbers of its output row.
 
 // COUNT numbers of a row of DIM plain ones that begins at `row`, from number `first` on; zeros past its end.
 template <int DIM, int COUNT, typename Rows>
@@ -36,8 +31,8 @@ inline void load_numbers(Rows rows, uint row, uint first, thread float* numbers)
   }
 }
 
-// scores += queries keys^T over one chunk, for one tile of 8 rows and one of 8 keys. `q`: two runs of COUNT numbers of a
-// row; `k`: one of each of two keys.
+// scores += queries keys^T over one chunk, for one tile of 8 rows and one of 8 keys. `q`: two runs of COUNT numbers of
+// a row; `k`: one of each of two keys.
 template <int COUNT>
 inline void add_scores(thread float2& scores, const thread float* q, const thread float* k0, const thread float* k1) {
   MLX_MTL_PRAGMA_UNROLL
@@ -46,8 +41,8 @@ inline void add_scores(thread float2& scores, const thread float* q, const threa
   }
 }
 
-// out += weights values for one tile of 8 keys, of which this lane has the one that lies at `row`, over CHUNKS chunks of
-// 32 PACKS dims from `first_chunk` on.
+// out += weights values for one tile of 8 keys, of which this lane has the one that lies at `row`, over CHUNKS chunks
+// of 32 PACKS dims from `first_chunk` on.
 template <
     int MODE,
     int BITS,

@@ -15,8 +15,8 @@ inline const constant U* retype(const constant T* p) {
   return (const constant U*)p;
 }
 
-// Where a row lies, and how far rows lie apart: in elements of its head's codes, scales and biases. 32 bits, since Apple
-// GPUs multiply 64-bit integers in 16 cycles; a threadgroup's pointers begin at its first key.
+// Where a row lies, and how far rows lie apart: in elements of its head's codes, scales and biases. 32 bits, since
+// Apple GPUs multiply 64-bit integers in 16 cycles; a threadgroup's pointers begin at its first key.
 struct RowOffsets {
   uint codes, scales, biases;
 };
@@ -46,7 +46,8 @@ inline half2 codes_of_halves(uint word) {
   return half2(metal::fma(x.x, unit, -1024.0h * unit), metal::fma(x.y, unit, -1024.0h * unit));
 }
 
-// A row's pack as up to three words, which begin at its bits 0, 16 and 32. Of codes of 8 bits: its first and second word.
+// A row's pack as up to three words, which begin at its bits 0, 16 and 32. Of codes of 8 bits: its first and second
+// word.
 template <int BITS, typename Codes>
 inline uint3 load_pack(Codes codes, uint row, uint pack) {
   if (BITS == 4) {

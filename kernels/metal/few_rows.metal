@@ -1,9 +1,9 @@
-  // Attention of up to 4 rows, too few to fill 8x8 matrices, with ordinary multiply-adds. A lane multiplies packs of the
-  // same keys as in matrix.metal; folding the sums over lanes leaves each lane with the scores of one key of the tile.
-  // Then LANES lanes share a key's values, a pack or two each; where they do not divide 32, the last lanes do the work of
-  // others for nothing.
+  // Attention of up to 4 rows, too few to fill 8x8 matrices, with ordinary multiply-adds. A lane multiplies packs of
+  // the same keys as in matrix.metal; folding the sums over lanes leaves each lane with the scores of one key of the
+  // tile. Then LANES lanes share a key's values, a pack or two each; where they do not divide 32, the last lanes do the
+  // work of others for nothing.
   constexpr int KEY_TILES = 4;
-  constexpr int KEY_PACKS = ROWS <= 2 ? packs_of_lane<KEY_DIM>() : 1;
+  constexpr int KEY_PACKS = ROWS <= 2 && KEY_DIM % 128 == 0 ? 2 : 1;
   constexpr int KEY_RUN = 8 * KEY_PACKS;  // numbers of a key that a lane has at a time
   constexpr int VALUE_PACKS = VALUE_DIM > 256 ? 2 : 1;
   constexpr int VALUE_RUN = 8 * VALUE_PACKS;
@@ -36,6 +36,8 @@
     }
   }
 
+  RowOffsets key_row = offsets_of_key(simd_gid * TILE + at.column, key_strides);
+  RowOffsets value_row = offsets_of_key(simd_gid * TILE + own_key, value_strides);
   for (int tile = begin + simd_gid * TILE; tile < end; tile += SIMDGROUPS * TILE) {
     // Partial scores of two keys in each of KEY_TILES tiles, as [which of the two][tile][row].
     float scores[2 * KEY_TILES * ROWS];
@@ -43,7 +45,6 @@
     for (int i = 0; i < 2 * KEY_TILES * ROWS; i++) {
       scores[i] = 0.0f;
     }
-    const RowOffsets key_row = offsets_of_key(tile - begin + at.column, key_strides);
     for (int chunk = 0; chunk < (KEY_DIM + 8 * KEY_RUN - 1) / (8 * KEY_RUN); chunk++) {
       const uint pack = KEY_PACKS * (8 * chunk + at.row);
       if (KEY_DIM % 64 == 0 || pack < KEY_DIM / 8) {
@@ -68,6 +69,7 @@
         }
       }
     }
+    key_row = offsets_ahead(key_row, SIMDGROUPS * TILE, key_strides, last_key);
     fold<8 * ROWS, 16>(scores, lane);
     fold<4 * ROWS, 4>(scores, lane);
     fold<2 * ROWS, 2>(scores, lane);
@@ -118,7 +120,6 @@
     simdgroup_barrier(mem_flags::mem_threadgroup);
 
     // Keys past the last have no weight.
-    RowOffsets value_row = offsets_of_key(tile - begin + own_key, value_strides);
     for (int first = 0; first < TILE; first += READS * KEYS_AT_ONCE) {
       PackedRun<VALUE_PACKS> runs[READS];
       MLX_MTL_PRAGMA_UNROLL
@@ -142,6 +143,7 @@
         }
       }
     }
+    value_row = offsets_ahead(value_row, (SIMDGROUPS - 1) * TILE, value_strides, last_value);
     simdgroup_barrier(mem_flags::mem_threadgroup);
   }
 

@@ -1,7 +1,7 @@
-  // Absorbed MLA: keys and values are one latent. The latent's dims are shared out over the simdgroups, for both products,
-  // so that each number is read once and dequantized once, in registers. A simdgroup has its part of the scores of all rows;
-  // the parts are summed in threadgroup memory. Scores are computed as keys times queries^T, in which a lane's numbers of a
-  // key lie as they do in the product of weights and values.
+  // Absorbed MLA: keys and values are one latent. The latent's dims are shared out over the simdgroups, for both
+  // products, so that each number is read once and dequantized once, in registers. A simdgroup has its part of the
+  // scores of all rows; the parts are summed in threadgroup memory. Scores are computed as keys times queries^T, in
+  // which a lane's numbers of a key lie as they do in the product of weights and values.
   typedef metal::conditional_t<metal::is_same_v<T, half>, half, float> Number;
   constexpr int ROW_TILES = ROWS / 8;
   constexpr int KEY_TILES = TILE / 8;
@@ -26,8 +26,8 @@
   const uint rope_key_stride = rope_keys_strides[2];
 #endif
 
-  // Of the softmax this lane does two rows, for one of the keys of each tile; in some simdgroups, others have nothing to do.
-  // Rows past the last are computed as copies of it and not stored.
+  // Of the softmax this lane does two rows, for one of the keys of each tile; in some simdgroups, others have nothing
+  // to do. Rows past the last are computed as copies of it and not stored.
   const bool has_rows = simd_gid < ROW_TILES * SHARES;
   const int row_tile = simd_gid % ROW_TILES;
   const int share = simd_gid / ROW_TILES;

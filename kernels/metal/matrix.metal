@@ -3,9 +3,12 @@
   // out over the simdgroups, which exchange their weights at each tile.
   constexpr int ROW_TILES = ROWS / 8;
   constexpr int KEY_TILES = TILE / 8;
-  constexpr int KEY_PACKS = packs_of_lane<KEY_DIM>();
+  constexpr int SLICES = TEAM ? (VALUE_DIM / 32 + SIMDGROUPS - 1) / SIMDGROUPS : VALUE_DIM / 32;  // of 32 dims
+  // Registers: what is summed, and queries and keys for one pack of each. A lane has 128; some 16 go into addresses.
+  constexpr int SUM_REGISTERS = ROW_TILES * (8 * SLICES + 2 * KEY_TILES);
+  constexpr int QUERY_TILES = KEY_TILES > 1 ? ROW_TILES : 1;  // kept for several tiles of keys
+  constexpr int KEY_PACKS = KEY_DIM % 128 == 0 && SUM_REGISTERS + 2 * 16 * (QUERY_TILES + 1) <= 112 ? 2 : 1;
   constexpr int KEY_RUN = 8 * KEY_PACKS;  // numbers of a key that a lane has at a time
-  constexpr int SLICES = TEAM ? (VALUE_DIM / 32 + SIMDGROUPS - 1) / SIMDGROUPS : VALUE_DIM / 32;  // 32 dims, of a simdgroup
   constexpr int VALUE_PACKS = VALUE_DIM % 64 == 0 && SLICES % 2 == 0 ? 2 : 1;
   constexpr int VALUE_RUN = 8 * VALUE_PACKS;
   constexpr int VALUE_CHUNKS = VALUE_DIM / (32 * VALUE_PACKS);
@@ -60,6 +63,8 @@
     }
   }
 
+  RowOffsets key_row = offsets_of_key(simd_gid * TILE + at.column, key_strides);
+  RowOffsets value_row = offsets_of_key((TEAM ? 0 : simd_gid * TILE) + at.row, value_strides);
   for (int base = begin; base < end; base += STEP) {
     const int tile = base + simd_gid * TILE;
     if (!TEAM && tile >= end) {
@@ -75,11 +80,10 @@
         scores[r][k] = float2(0.0f);
       }
     }
-    const RowOffsets key_row = offsets_of_key(tile - begin + at.column, key_strides);
     for (int chunk = 0; chunk < (KEY_DIM + 8 * KEY_RUN - 1) / (8 * KEY_RUN); chunk++) {
       const uint pack = KEY_PACKS * (8 * chunk + at.row);
       const uint first_number = KEY_RUN * (8 * chunk + at.column);
-      float q[KEY_TILES > 1 ? ROW_TILES : 1][2 * KEY_RUN];  // read once for several tiles of keys
+      float q[QUERY_TILES][2 * KEY_RUN];
       MLX_MTL_PRAGMA_UNROLL
       for (int r = 0; r < (KEY_TILES > 1 ? ROW_TILES : 0); r++) {
         load_numbers<KEY_DIM, 2 * KEY_RUN>(head_queries, row_of_head[r] * KEY_DIM, first_number, q[r]);
@@ -193,7 +197,6 @@
     }
 
     // Output += weights times values.
-    const RowOffsets value_row = offsets_of_key((TEAM ? base : tile) - begin + at.row, value_strides);
     if (TEAM) {
       MLX_MTL_PRAGMA_UNROLL
       for (int r = 0; r < ROW_TILES; r++) {
@@ -230,6 +233,8 @@
             value_codes_head, value_scales_head, value_biases_head, row, 0, at, weights, out);
       }
     }
+    key_row = offsets_ahead(key_row, STEP, key_strides, last_key);
+    value_row = offsets_ahead(value_row, STEP, value_strides, last_value);
   }
 
   // Merge the simdgroups: the common peak, the total, and the factor for what this one has summed.

@@ -22,6 +22,7 @@ __all__ = ["MUTATIONS", "Mutation", "caught_by"]
 
 _BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);\n"
 _SMALL = Case(seed=1, kv_heads=2, group=5, count=75, capacity=90, mask="bool", sinks=True)
+_LONG = replace(_SMALL, count=200, capacity=200)
 _CAUSAL = Case(seed=2, group=3, length=5, count=70, capacity=70, mask="causal", key_dim=96, value_dim=96,
                key_format=Format.affine(5, 32), value_format=Format.affine(3, 32))  # fmt: skip
 _TEAM = Case(seed=3, group=16, count=75, capacity=90, key_dim=64, value_dim=256, batch=2)
@@ -161,6 +162,22 @@ MUTATIONS = (
         "offsets_ahead(value_row, 8 * k, value_strides, last_value)",
         "offsets_of_key((TEAM ? base : tile) - begin + at.row + 8 * k, value_strides)",
         "slice|out-of-bounds",
+    ),
+    Mutation(
+        "keys of the first step again",
+        "matrix.metal",
+        "key_row = offsets_ahead(key_row, STEP,",
+        "key_row = offsets_ahead(key_row, 0,",
+        "wrong",
+        _LONG,
+    ),
+    Mutation(
+        "values of the first step again",
+        "matrix.metal",
+        "value_row = offsets_ahead(value_row, STEP,",
+        "value_row = offsets_ahead(value_row, 0,",
+        "wrong",
+        _LONG,
     ),
     Mutation(
         "scales beyond the last are read",
@@ -390,10 +407,26 @@ MUTATIONS = (
     Mutation(
         "few rows: values of the next key",
         "few_rows.metal",
-        "offsets_of_key(tile - begin + own_key, value_strides)",
-        "offsets_of_key(tile - begin + own_key + 1, value_strides)",
+        "offsets_of_key(simd_gid * TILE + own_key, value_strides)",
+        "offsets_of_key(simd_gid * TILE + own_key + 1, value_strides)",
         "wrong",
         _FEW,
+    ),
+    Mutation(
+        "few rows: keys of the first tile again",
+        "few_rows.metal",
+        "key_row = offsets_ahead(key_row, SIMDGROUPS * TILE,",
+        "key_row = offsets_ahead(key_row, 0,",
+        "wrong",
+        _FEW_LONG,
+    ),
+    Mutation(
+        "few rows: values of a later tile",
+        "few_rows.metal",
+        "value_row = offsets_ahead(value_row, (SIMDGROUPS - 1) * TILE,",
+        "value_row = offsets_ahead(value_row, SIMDGROUPS * TILE,",
+        "wrong",
+        _FEW_LONG,
     ),
     Mutation(
         "few rows: weights of a lane without a key",
