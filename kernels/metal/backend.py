@@ -92,7 +92,7 @@ def attend(call: AttentionCall) -> mx.array:
     outputs = _decode_kernel(family, split, call.stack is not None)(
         inputs=_inputs(call, split),
         template=[("T", signature.dtype), *_template(family)],
-        grid=(launch.splits * threads, signature.kv_heads * launch.blocks, signature.batch),
+        grid=(signature.kv_heads * launch.blocks * threads, launch.splits, signature.batch),
         threadgroup=(threads, 1, 1),
         output_shapes=[(*row_shape, signature.value_dim), (*row_shape, 2)][: 1 + split],
         output_dtypes=[dtype, mx.float32][: 1 + split],

@@ -1,5 +1,6 @@
   // What a threadgroup works on: one split of the keys of one key head, for up to ROWS of the rows (query head,
-  // position) that share it. A simdgroup takes TILE keys at a time.
+  // position) that share it. A simdgroup takes TILE keys at a time. Blocks of rows that read the same keys are
+  // neighbours in the grid, so that they run side by side and share what the GPU's cache holds.
   const int lane = int(thread_index_in_simdgroup);
   const int simd_gid = int(simdgroup_index_in_threadgroup);
   const FragmentPosition at = fragment_position(lane);
@@ -11,10 +12,10 @@
   const int group = query_heads / kv_heads;
   const int row_count = group * length;
   const int blocks = (row_count + ROWS - 1) / ROWS;
-  const int splits = int(threadgroups_per_grid.x);
-  const int split = int(threadgroup_position_in_grid.x);
-  const int kv_head = int(threadgroup_position_in_grid.y) / blocks;
-  const int first_row = (int(threadgroup_position_in_grid.y) % blocks) * ROWS;
+  const int splits = int(threadgroups_per_grid.y);
+  const int split = int(threadgroup_position_in_grid.y);
+  const int kv_head = int(threadgroup_position_in_grid.x) / blocks;
+  const int first_row = (int(threadgroup_position_in_grid.x) % blocks) * ROWS;
   const int batch = int(threadgroup_position_in_grid.z);
 
   const int tiles = (count + TILE - 1) / TILE;
@@ -52,6 +53,6 @@
       uint(key_codes_strides[2]), uint(key_scales_strides[2]), uint(key_biases_strides[2])};
   const RowOffsets value_strides = {
       uint(value_codes_strides[2]), uint(value_scales_strides[2]), uint(value_biases_strides[2])};
-  // The last key there is.
-  const RowOffsets last_key = offsets_of_key(count - 1 - begin, key_strides);
-  const RowOffsets last_value = offsets_of_key(count - 1 - begin, value_strides);
+  // The last key of the split: none after it is read. Of no use where the split has none.
+  const RowOffsets last_key = offsets_of_key(end - 1 - begin, key_strides);
+  const RowOffsets last_value = offsets_of_key(end - 1 - begin, value_strides);

@@ -4,8 +4,9 @@
 
 Per number of K and V (a head dim of one key of one key head) and for all of its query heads together:
 
-- bytes: device bytes read of packed K and V, each byte once a threadgroup, over the packed bytes. MLX's kernels for
-  float keys may read a byte several times in a threadgroup; that is counted in ``reads``;
+- memory: bytes read of packed K and V over the packed bytes, each once for four threadgroups in a row, which run at
+  the same time and share the GPU's cache; bytes: once a threadgroup; reads: once an access, of which a threadgroup may
+  make several to the same byte;
 - unpack (shifts, masks and conversions), float, integer (of addresses and bounds) and exp: instructions by kind
   (``emulator/instructions.py``); matrix: multiply-adds of 8x8 products, of which one simdgroup instruction has 512;
 - cycles: of a lane, for all of these and the SIMD-group functions, by :data:`CYCLES`. Loads, stores and barriers are
@@ -23,6 +24,7 @@ from importlib.metadata import version
 
 import mlx.core as mx
 
+from qsdpa_patch.kernels.attention_call import AttentionCall
 from qsdpa_patch.kernels.format import Format
 from tests import attention_cases as cases
 from tests.attention_cases import Case
@@ -31,7 +33,7 @@ from tests.metal.append_cost import dispatches_of_caches
 from tests.metal.emulated_backend import emulated_backend
 from tests.metal.emulator import Cost
 
-__all__ = ["MLA_SHAPES", "MLX_DIMS", "SHAPES", "Row", "measure", "measure_mlx"]
+__all__ = ["MLA_SHAPES", "MLX_DIMS", "SHAPES", "Row", "measure", "measure_mlx", "read_of_splits"]
 
 COUNT = 512
 SHAPES = [(bits, group, dim) for bits in (4, 8) for dim in (64, 128, 256, 512) for group in (1, 4, 8, 16)]
@@ -62,6 +64,7 @@ class Row:
     """One line of the table; see the module."""
 
     name: str
+    memory_ratio: float
     bytes_ratio: float
     reads: float
     unpack: float
@@ -76,6 +79,7 @@ class Row:
 
     def __str__(self) -> str:
         counts = [
+            f"{self.memory_ratio:6.3f}",
             f"{self.bytes_ratio:5.3f}",
             f"{self.reads:5.2f}",
             f"{self.unpack:6.2f}",
@@ -92,17 +96,18 @@ class Row:
 
 
 HEADER = (
-    f"| {'decode step':34} | bytes | reads | unpack | float  | integer | exp   | matrix | cycles | reductions "
-    f"| barriers | shared |\n|{'-' * 36}|{'|'.join('-' * (n + 1) + ':' for n in (5, 5, 6, 6, 7, 5, 6, 6, 10, 8, 6))}|"
+    f"| {'decode step':34} | memory | bytes | reads | unpack | float  | integer | exp   | matrix | cycles | reductions "
+    f"| barriers | shared |\n"
+    f"|{'-' * 36}|{'|'.join('-' * (n + 1) + ':' for n in (6, 5, 5, 6, 6, 7, 5, 6, 6, 10, 8, 6))}|"
 )
 
 
 def decode_case(bits: int, group: int, dim: int) -> Case:
-    """One token over :data:`COUNT` keys in float16."""
+    """One token over :data:`COUNT` keys in float16, stored as a cache stores them."""
     fmt = Format.affine(bits, 64)
     return Case(
         seed=1, kv_heads=1, group=group, count=COUNT, capacity=COUNT, key_dim=dim, value_dim=dim, dtype=mx.float16,
-        key_format=fmt, value_format=fmt,
+        key_format=fmt, value_format=fmt, stacked=True,
     )  # fmt: skip
 
 
@@ -116,18 +121,34 @@ def mla_case(bits: int, heads: int, latent: int = 512) -> Case:
 
 
 def measure(case: Case) -> Row:
-    """The cost of ``case`` on our kernels."""
+    """The cost of ``case`` on our kernels, in a single launch."""
     call = cases.build(case)
     with emulated_backend() as backend:
         backend.attend(call, keys_per_split=COUNT)
     with emulated_backend(count_instructions=True) as counting:
         counting.attend(call, keys_per_split=COUNT)
     kind = "MLA" if case.is_mla else "GQA"
-    parts = ("key_codes", "key_scales", "key_biases", "value_codes", "value_scales", "value_biases", "rope_keys")
-    packed = call.keys.packed_nbytes + (call.rope.keys.nbytes if call.rope else call.values.packed_nbytes)
     numbers = case.count * (case.key_dim if case.is_mla else case.key_dim + case.value_dim)
     name = f"{kind} {case.group}, D {case.key_dim}, {case.key_format}"
-    return _row(name, backend.costs[0], counting.costs[0], parts, packed, numbers, case.group)
+    return _row(name, backend.costs[0], counting.costs[0], *_packed(call), numbers, case.group)
+
+
+def read_of_splits(case: Case, splits: int) -> tuple[float, float]:
+    """Bytes read over the packed bytes, in as many splits: from memory, and by threadgroups (see the module)."""
+    call = cases.build(case)
+    with emulated_backend() as backend:
+        backend.attend(call, keys_per_split=COUNT // splits)
+    attention, _ = backend.costs
+    parts, packed = _packed(call)
+    read = [attention.buffers[p] for p in parts]
+    return sum(b.neighbour_unique_bytes for b in read) / packed, sum(b.threadgroup_unique_bytes for b in read) / packed
+
+
+def _packed(call: AttentionCall) -> tuple[tuple[str, ...], int]:
+    """Names of the buffers that keys and values are in, and their bytes."""
+    if call.rope is None:
+        return ("codes", "scales"), call.keys.packed_nbytes + call.values.packed_nbytes
+    return ("key_codes", "key_scales", "key_biases", "rope_keys"), call.keys.packed_nbytes + call.rope.keys.nbytes
 
 
 def measure_mlx(group: int, dim: int) -> Row:
@@ -143,7 +164,7 @@ def measure_mlx(group: int, dim: int) -> Row:
 
 
 def _row(name: str, traced: Cost, counted: Cost, parts: tuple[str, ...], packed: int, numbers: int, heads: int) -> Row:
-    read = [traced.buffers[p] for p in parts if p in traced.buffers]
+    read = [traced.buffers[p] for p in parts]
     kinds = {kind: count / numbers for kind, count in counted.instructions.items()}
     reductions = sum(traced.ops.get(op, 0) for op in ("sum", "max", "min", "product"))
     products = traced.ops.get("matrix", 0)
@@ -151,6 +172,7 @@ def _row(name: str, traced: Cost, counted: Cost, parts: tuple[str, ...], packed:
     of_simdgroups = products * MATRIX_CYCLES + reductions * REDUCTION_CYCLES + exchanges * EXCHANGE_CYCLES
     return Row(
         name,
+        memory_ratio=sum(b.neighbour_unique_bytes for b in read) / packed,
         bytes_ratio=sum(b.threadgroup_unique_bytes for b in read) / packed,
         reads=sum(b.load_bytes for b in read) / packed,
         unpack=kinds["shift"] + kinds["bitwise"] + kinds["convert"],

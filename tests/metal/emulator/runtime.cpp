@@ -52,8 +52,12 @@ struct GridStats {  // over the whole grid; SIMD-group functions are counted onc
   char error[512];
 };
 
-struct BufferStats {  // unique: each byte counted once per grid, or once per threadgroup
-  u64 loads, load_bytes, unique_bytes, threadgroup_unique_bytes, stores, store_bytes, unique_stored_bytes;
+// Threadgroups in a row that run at the same time on any GPU, since it has as many cores, and share its cache.
+constexpr u32 SIDE_BY_SIDE = 4;
+
+struct BufferStats {  // unique: each byte counted once per grid, once per SIDE_BY_SIDE threadgroups, or once per one
+  u64 loads, load_bytes, unique_bytes, neighbour_unique_bytes, threadgroup_unique_bytes, stores, store_bytes,
+      unique_stored_bytes;
 };
 
 // ---- fibers ---------------------------------------------------------------------------------------------------------
@@ -248,6 +252,7 @@ static void touch_device(u8* p, u32 n) {
         if (!b.buffer.initialised && !b.stored_by[i]) fail("load of uninitialised output buffer #%zu byte %lu", index, i);
         if (!b.loaded_by[i]) b.stats->unique_bytes++;
         if (b.loaded_by[i] != me) b.stats->threadgroup_unique_bytes++;
+        if (!b.loaded_by[i] || me - b.loaded_by[i] >= SIDE_BY_SIDE) b.stats->neighbour_unique_bytes++;
         b.loaded_by[i] = me;
       }
     }

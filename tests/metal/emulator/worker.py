@@ -19,7 +19,8 @@ GRID_COUNTERS = (
     "threadgroup_loads", "threadgroup_stores",
 )  # fmt: skip
 BUFFER_COUNTERS = (
-    "loads", "load_bytes", "unique_bytes", "threadgroup_unique_bytes", "stores", "store_bytes", "unique_stored_bytes",
+    "loads", "load_bytes", "unique_bytes", "neighbour_unique_bytes", "threadgroup_unique_bytes", "stores",
+    "store_bytes", "unique_stored_bytes",
 )  # fmt: skip
 
 

@@ -42,11 +42,16 @@ class Argument:
 
 @dataclass(frozen=True)
 class BufferCost:
-    """Accesses to one buffer. A unique byte counts once per grid, or once per threadgroup, however often it is read."""
+    """Accesses to one buffer.
+
+    A unique byte counts once per grid, once per threadgroup, or (neighbours) again only where none of the three
+    threadgroups before has read it, however often it is read: four in a row run at the same time and share a cache.
+    """
 
     loads: int
     load_bytes: int
     unique_bytes: int
+    neighbour_unique_bytes: int
     threadgroup_unique_bytes: int
     stores: int
     store_bytes: int
