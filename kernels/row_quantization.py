@@ -145,7 +145,7 @@ def _problem(backend: str, rows: Rows) -> str:
         batch, heads, count, _ = sides[0].shape
         actual = _launch(_prepared(_kernel(backend, rows), rows, batch, heads * len(sides), count), sides)
         wrong = _bytes_apart(actual, quantize_rows_in_ops(sides, rows.format))
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         return f"the kernel that quantizes rows failed on this device: {error}"
     return f"the kernel that quantizes rows is wrong on this device: {wrong} bytes differ" if wrong else ""
 

@@ -168,7 +168,7 @@
       common = max(common, peaks[s * ROWS + r]);
     }
 #if !SPLIT && HAS_SINKS
-    const float sink = float(sinks[kv_head * group + r / length]);
+    const float sink = float(sinks[(kv_head * group + r / length) * sinks_strides[0]]);
     common = max(common, sink);
 #endif
     float sum = 0.0f;

@@ -248,7 +248,7 @@
 #else
 #if HAS_SINKS
     const float own_peak = peaks[8 * r + at.row];
-    const float sink = float(sinks[kv_head * group + row / length]);
+    const float sink = float(sinks[(kv_head * group + row / length) * sinks_strides[0]]);
     const float common = max(own_peak, sink);
     factor = fast::exp(own_peak - common);
     sum = sum * factor + fast::exp(sink - common);

@@ -255,7 +255,8 @@
       common = max(common, peaks[s * ROWS + row]);
     }
 #if !SPLIT && HAS_SINKS
-    const float sink = float(sinks[kv_head * group + min(first_row + row, row_count - 1) / length]);
+    const int head = kv_head * group + min(first_row + row, row_count - 1) / length;
+    const float sink = float(sinks[head * sinks_strides[0]]);
     common = max(common, sink);
 #endif
     float sum = 0.0f;

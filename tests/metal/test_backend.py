@@ -120,10 +120,39 @@ def test_the_check_leaves_the_random_state_alone(metal: EmulatedBackend) -> None
     assert mx.random.uniform(shape=(4,)).tolist() == wanted
 
 
+def test_no_kernel_is_compiled_as_keys_grow(metal: EmulatedBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = backend.metal_kernel
+    compiled: set[tuple[str, str, str]] = set()
+
+    def recording(**options: Any) -> Callable[..., list[mx.array]]:
+        kernel = made(**options)
+
+        def call(**launch: Any) -> list[mx.array]:
+            compiled.add((options["name"], options["header"] + options["source"], str(launch["template"])))
+            return kernel(**launch)
+
+        return call
+
+    monkeypatch.setattr(backend, "metal_kernel", recording)
+    for count in (20, 33, 300, 511, 512, 700):
+        metal.attend(cases.build(replace(CASE, stacked=True, count=count, capacity=720)))
+    assert sorted(name for name, *_ in compiled) == ["qsdpa_decode", "qsdpa_decode_split", "qsdpa_merge"]
+
+
 def test_queries_of_any_layout_are_taken(metal: EmulatedBackend) -> None:
     call = cases.build(replace(CASE, length=4))
     transposed = mx.contiguous(call.queries.swapaxes(1, 2)).swapaxes(1, 2)
     assert mx.array_equal(metal.attend(replace(call, queries=transposed)), metal.attend(call))
+
+
+@pytest.mark.parametrize("group", [2, 6])
+def test_sinks_of_any_stride_are_taken(metal: EmulatedBackend, group: int) -> None:
+    call = cases.build(replace(CASE, group=group, sinks=True))
+    assert call.sinks is not None
+    apart = mx.stack([call.sinks, -call.sinks], axis=1)[:, 0]
+    for keys_per_split in (256, 16):
+        wanted = metal.attend(call, keys_per_split)
+        assert mx.array_equal(metal.attend(replace(call, sinks=apart), keys_per_split), wanted)
 
 
 def test_rows_that_are_padded_to_32_numbers(metal: EmulatedBackend) -> None:
