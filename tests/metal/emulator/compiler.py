@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -146,8 +147,10 @@ def build(
     with tempfile.TemporaryDirectory(dir=cache_folder()) as folder:
         text, obj, shared = (Path(folder) / name for name in ("unit.clcpp", "unit.o", "unit.so"))
         text.write_text(unit)
-        _run([*command, "-c", str(text), "-o", str(obj)])
-        broken = broken_rules(text, [CLANG, *LANGUAGE, *include])
+        with ThreadPoolExecutor(1) as another:
+            rules = another.submit(broken_rules, text, [CLANG, *LANGUAGE, *include])
+            _run([*command, "-c", str(text), "-o", str(obj)])
+            broken = rules.result()
         if broken:
             raise MetalError("rules of Metal broken: " + " | ".join(broken))
         _run([CLANG, "-shared", "-o", str(shared), str(obj), "-lm"])

@@ -12,6 +12,9 @@ from tests.metal.emulator.source import tokenize
 __all__ = ["broken_rules"]
 
 _NOT_IN_METAL = {"double", "goto", "new", "delete", "virtual", "dynamic_cast", "throw", "try"}
+_SYNTAX_ONLY = (
+    "-fsyntax-only", "-Wconversion", "-Wno-sign-conversion", "-Xclang", "-ast-dump", "-fno-color-diagnostics",
+)  # fmt: skip
 
 
 def broken_rules(unit: Path, command: Sequence[str]) -> list[str]:
@@ -19,13 +22,12 @@ def broken_rules(unit: Path, command: Sequence[str]) -> list[str]:
     text = unit.read_text()
     _, _, kernel = text.partition('#line 1 "kernel.metal"\n')
     words = [f"'{word}' is not in Metal" for word in sorted(_NOT_IN_METAL & set(tokenize(kernel)))]
-    return words + _narrowing_to_bfloat(unit, command) + _missing_address_spaces(unit, command)
+    syntax = subprocess.run([*command, *_SYNTAX_ONLY, str(unit)], capture_output=True, text=True, check=False)
+    return words + _narrowing_to_bfloat(syntax.stderr) + _missing_address_spaces(syntax.stdout)
 
 
-def _narrowing_to_bfloat(unit: Path, command: Sequence[str]) -> list[str]:
+def _narrowing_to_bfloat(messages: str) -> list[str]:
     """Metal converts float to bfloat only explicitly."""
-    options = ["-Wconversion", "-Wno-sign-conversion", "-fsyntax-only"]
-    messages = subprocess.run([*command, *options, str(unit)], capture_output=True, text=True, check=False).stderr
     found = []
     for line in messages.splitlines():
         if "kernel.metal:" in line and "loses floating-point" in line and re.search(r"to ('bfloat|.*__bf16')", line):
@@ -33,12 +35,11 @@ def _narrowing_to_bfloat(unit: Path, command: Sequence[str]) -> list[str]:
     return found
 
 
-def _missing_address_spaces(unit: Path, command: Sequence[str]) -> list[str]:
+def _missing_address_spaces(tree: str) -> list[str]:
     """In Metal every pointer and reference names its address space; OpenCL takes one without for generic."""
-    options = ["-Xclang", "-ast-dump", "-fno-color-diagnostics", "-fsyntax-only"]
-    tree = subprocess.run([*command, *options, str(unit)], capture_output=True, text=True, check=False).stdout
     found, in_kernel = [], False
-    for line in tree.splitlines():
+    first = max(0, tree.rfind("\n", 0, tree.find("kernel.metal:")))  # the declarations of headers come before
+    for line in tree[first:].splitlines():
         # A location names its file only where that differs from the previous one.
         for match in re.finditer(r"([\w./-]+\.(?:h|metal|clcpp)|<scratch space>|<invalid sloc>)(?=:\d+:\d+|>)", line):
             in_kernel = match[1] == "kernel.metal"
