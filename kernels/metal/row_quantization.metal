@@ -42,10 +42,10 @@ inline void round_to(thread float* x) {
   }
 }
 
-// The Hadamard transform of each block of `BLOCK` numbers of a row, as mx.hadamard_transform does it: it rounds to T after
-// every four of its steps, and at the end. `pack` is the place of this thread's numbers in the row.
+// The Hadamard transform of each block of `BLOCK` numbers of a row, as mx.hadamard_transform does it: it rounds to T
+// after every four of its steps, and at the end. `pack` is the place of this thread's numbers in the row.
 template <int BLOCK, typename T>
-inline void rotate(thread float* x, uint pack, float scale) {
+inline void rotate_block(thread float* x, uint pack, float scale) {
   MLX_MTL_PRAGMA_UNROLL
   for (int apart = 1; apart < BLOCK; apart *= 2) {
     if (apart < 8) {
@@ -205,7 +205,7 @@ inline void quantize_rows(
     x[i] = float(numbers[metal::min(int(pack) * 8 + i, DIM - 1) * side.stride]);
   }
   if (BLOCK != 0) {
-    rotate<BLOCK, T>(x, pack, rotation_scale);
+    rotate_block<BLOCK, T>(x, pack, rotation_scale);
   }
 
   ulong packed;
