@@ -1,9 +1,10 @@
 """Time the CUDA kernels beside what MLX has: ``python -m qsdpa_patch.kernels.cuda.benchmark [NAME ...]``.
 
 Calls run one after another, each on the output of the last, over buffers that together exceed the L2 cache. The time of
-a call is the slope between few and many calls, the median of several. Bytes are the packed codes,
-scales and biases of K and V (and the rope keys), each once; the percentage is of the copy bandwidth, the larger of the
-one read in the same run and 4.3 TB/s. TFLOP/s are of the two products alone.
+a call is the slope between few and many calls, the median of several. Keys and values lie as caches store them: in
+slices of buffers with room for more. Bytes are the packed codes, scales and biases of K and V (and the rope keys), each
+once; the percentage is of the copy bandwidth, the larger of the one read in the same run and 4.3 TB/s. TFLOP/s are of
+the two products alone.
 """
 
 from __future__ import annotations
@@ -24,12 +25,14 @@ from qsdpa_patch.kernels.attention_call import AttentionCall, RopeTerm, check_ca
 from qsdpa_patch.kernels.cuda import backend
 from qsdpa_patch.kernels.cuda.tickets import start as start_evaluation
 from qsdpa_patch.kernels.format import Format
-from qsdpa_patch.kernels.quantized_tensor import QuantizedTensor, quantize_parts
+from qsdpa_patch.kernels.quantized_tensor import PackedStack, QuantizedTensor, quantize_parts, stack_parts
 
 __all__ = ["SHAPES", "Shape", "copy_bandwidth", "main", "time_calls"]
 
 _CACHE_BYTES = 80e6
 _NOMINAL_BANDWIDTH = 4.3e12
+_ROOM = 256
+"""Rows that a cache's buffers have beyond those in use."""
 _AHEAD = 8
 
 
@@ -160,8 +163,23 @@ def _product(x: mx.array, tensor: QuantizedTensor, *, transpose: bool) -> mx.arr
     )
 
 
+def _as_in_a_cache(keys: QuantizedTensor, values: QuantizedTensor) -> tuple[QuantizedTensor, QuantizedTensor]:
+    """Keys and values in buffers with room for more rows; in the same two where they are alike."""
+    alike = (keys.format, keys.dim) == (values.format, values.dim)
+    tensors: list[QuantizedTensor] = []
+    for sides in [[keys, values]] if alike else [[keys], [values]]:
+        buffers = [mx.pad(x, [(0, 0), (0, 0), (0, _ROOM), (0, 0)]) for x in stack_parts([x.parts for x in sides])]
+        mx.eval(buffers)
+        codes, scales = (x[:, :, : keys.shape[2]] for x in buffers)
+        tensors += PackedStack(codes, scales, len(sides), sides[0].format, dim=sides[0].dim, dtype=keys.dtype).tensors()
+    return tensors[0], tensors[1]
+
+
 class Problem:
-    """Operands of a shape: enough copies of keys and values to exceed the cache."""
+    """Operands of a shape: enough copies of keys and values to exceed the cache.
+
+    pairs: keys and values, each in arrays of its own, for the peers. cached: the same as caches store them.
+    """
 
     def __init__(self, shape: Shape) -> None:
         self.shape = shape
@@ -170,12 +188,14 @@ class Problem:
         self.queries = mx.random.normal((shape.batch, shape.query_heads, shape.length, shape.dim)).astype(shape.dtype)
         self.mask = "causal" if shape.length > 1 else None
         self.pairs: list[tuple[QuantizedTensor, QuantizedTensor]] = []
+        self.cached: list[tuple[QuantizedTensor, QuantizedTensor]] = []
         self.ropes: list[RopeTerm | None] = []
         while not self.pairs or len(self.pairs) * self.packed_bytes < max(_CACHE_BYTES, 1.5 * self.packed_bytes):
             keys = _tensor(row, shape.keys, shape.dtype)
             value_row = (*row[:3], shape.value_length)
             values = keys if shape.rope else _tensor(value_row, shape.values or shape.keys, shape.dtype)
             self.pairs.append((keys, values))
+            self.cached.append((keys, values) if shape.rope else _as_in_a_cache(keys, values))
             self.ropes.append(self._rope() if shape.rope else None)
         mx.eval(self.queries)
 
@@ -193,7 +213,7 @@ class Problem:
         return keys.packed_nbytes + (0 if values is keys else values.packed_nbytes) + (rope.keys.nbytes if rope else 0)
 
     def call(self, queries: mx.array, i: int) -> AttentionCall:
-        keys, values = self.pairs[i % len(self.pairs)]
+        keys, values = self.cached[i % len(self.cached)]
         rope = self.ropes[i % len(self.pairs)]
         return check_call(queries, keys, values, scale=self.scale, mask=self.mask, rope=rope)
 
