@@ -7,9 +7,9 @@
 // side of every product:
 //   scores  S^T[16 keys x 8 columns]  = codes(K) * Q^T      one mma a 16 dimensions, or 32 as bytes
 //   output  O^T[16 dims x 8 columns] += codes(V)^T * P^T    one mma a 16 dimensions
-// so that a code is unpacked once for all rows. Codes enter the products exactly. A key's scale and bias are applied to
-// the sums of its groups (the bias times the sum of the group's query), a value's scale to the probability, and its
-// bias to a running sum, all in float32.
+// so that a code is unpacked once for all rows. Codes enter the products exactly. A key's scale is applied to the sums
+// of its groups, a value's scale to the probability, and its bias to a running sum, all in float32. A key's bias is to
+// be multiplied by the sum of its group's query: by the same products where there are eight rows or more.
 //
 // Keys as bytes: queries of 16 bits become integers of 16 bits (a factor a row), whose high and low bytes are columns
 // of their own; the products are exact, and take a quarter of the instructions of halves. Else queries are halves.
@@ -57,9 +57,16 @@ struct DecodeConfig {
   static constexpr int TILE = 16 * PARTS;  // keys
   static constexpr int TEAMS = WARPS / TEAM, TEAM_THREADS = 32 * TEAM;
   static constexpr int TERMS = sizeof(T) == 4 ? 2 : 1;  // halves that a query or a probability is made of
-  static constexpr bool KEY_BYTES = TERMS == 1 && K::HAS_BYTES;
+  static constexpr bool KEY_BYTES = TERMS == 1 && K::HAS_BYTES, RAW_VALUES = TERMS == 1 && V::HAS_RAW_VALUES;
   static constexpr bool QUERIES_IN_REGISTERS = D / TEAM * ROW_BLOCKS * TERMS <= 256;
   static constexpr bool BF16 = IsBfloat16<T>::value;
+  // Where logits are the scores times a factor and nothing else, the factor waits for the exponential.
+  static constexpr bool LATE_FACTORS = ROPE == 0 && TEAM == 1 && (MASK == NO_MASK || MASK == CAUSAL);
+  // Biases of keys as an operand: pairs of groups are words, and 16 columns hold up to 8 groups twice, since the sums
+  // of queries that they are multiplied by are two halves each.
+  static constexpr int BIAS_WORDS = K::groups(D) / 2;
+  static constexpr bool BIAS_OPERANDS = K::HAS_BIAS && sizeof(typename K::Scale) == 2 && LANE_ROWS == 2 && ROPE == 0 &&
+                                        TEAM == 1 && (K::groups(D) == 2 || K::groups(D) == 4 || K::groups(D) == 8);
 
   using KeyTile = RowTile<TILE, TEAM_THREADS, K::row_bytes(D), u32, K::MATRICES>;
   using ValueTile = RowTile<TILE, TEAM_THREADS, V::row_bytes(DV), u32, V::MATRICES>;
@@ -133,6 +140,8 @@ class Decoder {
   static constexpr int VALUES_AT = C::SHARED_KV ? 0 : C::VALUES;
   static constexpr int VALUE_SCALES_AT = C::SHARED_KV ? C::KEY_SCALES : C::VALUE_SCALES;
   static constexpr int VALUE_BIASES_AT = C::SHARED_KV ? C::KEY_BIASES : C::VALUE_BIASES;
+  static constexpr bool BF16_SCALES = IsBfloat16<typename K::Scale>::value;
+  static constexpr float SCORE_UNIT = C::BIAS_OPERANDS ? K::GROUP : 1.0f;  // keeps sums of queries in range
   static constexpr float RISE = 4.0f;           // probabilities stay below 2^RISE
   // Probabilities carry a power of two that takes the largest value scale to [256, 512), until one exceeds 2048.
   static constexpr int SCALE_EXPONENT = 8, LIMIT_EXPONENT = 11;
@@ -153,6 +162,7 @@ class Decoder {
   float value_exponent = 0.0f, value_limit = -1.0f;  // of that power of two, and the largest scale that it serves
   // B operands of a block of 32 dimensions: one for each j for bytes, one for each 16 dimensions for halves.
   static constexpr int OPERANDS = C::KEY_BYTES ? LR : 2;
+  u32 query_sums[C::BIAS_OPERANDS ? NB : 1][2];  // B operands that go with the biases of keys
   u32 query[C::QUERIES_IN_REGISTERS ? TERMS : 1][C::QUERIES_IN_REGISTERS ? D / TEAM / 32 : 1][OPERANDS][NB][2];
 
  public:
@@ -369,7 +379,9 @@ class Decoder {
   // Rows of queries to shared memory, as halves of a largest magnitude in [512, 1024) or as integers of up to 32512;
   // their sums over the keys' groups; the factor of each row that takes scores to base-2 logits.
   __device__ __forceinline__ void prepare_queries(float (&raw)[ROWS_OF_WARP][D / 32]) {
-    const float scale = *a.scale * LOG2E * (K::SCALED_CODES ? K::CODE_FACTOR : 1.0f);
+    // The sign goes to the queries, so that the largest score is the largest logit.
+    const float sign = *a.scale < 0.0f ? -1.0f : 1.0f;
+    const float scale = fabsf(*a.scale) * LOG2E * (K::SCALED_CODES ? K::CODE_FACTOR : 1.0f) * SCORE_UNIT;
 #pragma unroll
     for (int k = 0; k < ROWS_OF_WARP; ++k) {
       const int row = warp + k * WARPS;
@@ -377,7 +389,7 @@ class Decoder {
       float(&x)[D / 32] = raw[k];
       float peak = 0.0f;
 #pragma unroll
-      for (int i = 0; i < D / 32; ++i) peak = fmaxf(peak, fabsf(x[i]));
+      for (int i = 0; i < D / 32; ++i) x[i] *= sign, peak = fmaxf(peak, fabsf(x[i]));
       peak = warp_max(peak);
       const float factor = C::KEY_BYTES ? integer_queries(x, row, peak) : half_queries(x, row, peak);
       if constexpr (C::HAS_SUMS) {
@@ -390,7 +402,7 @@ class Decoder {
           if (lane == 0) floats(C::QUERY_SUMS)[g * ROWS + row] = s;
         }
       }
-      if (lane == 0) floats(C::ROW_FACTORS)[row] = scale / factor;
+      if (lane == 0) floats(C::ROW_FACTORS)[row] = fmaxf(scale / factor, 1e-36f);  // times a masked score: no NaN
       if constexpr (C::ROPE > 0) {
         const int2 at = head_and_position(row);
         const T* rope = a.rope_queries.data + batch * a.rope_queries.strides[0] + at.x * a.rope_queries.strides[1] +
@@ -401,6 +413,34 @@ class Decoder {
     }
     __syncthreads();
     arrange_queries();
+    if constexpr (C::BIAS_OPERANDS) arrange_query_sums();
+  }
+
+  // Sums of queries as the B operand that goes with the biases: all pairs of groups in the biases' type, and after them
+  // what that rounds off.
+  __device__ __forceinline__ void arrange_query_sums() {
+    constexpr int W = C::BIAS_WORDS;
+#pragma unroll
+    for (int n = 0; n < NB; ++n)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int pair = t + 4 * i, word = pair % W;
+        u32 x = 0;
+        if (pair < 2 * W) {
+          const float* sums = floats(C::QUERY_SUMS) + 2 * word * ROWS + column_row(n);
+          float low = sums[0] / SCORE_UNIT, high = sums[ROWS] / SCORE_UNIT;
+          x = pack_pair<BF16_SCALES>(low, high);
+          if (pair >= W) {
+            if constexpr (BF16_SCALES) {
+              low -= __uint_as_float(x << 16), high -= __uint_as_float(x & 0xffff0000u);
+            } else {
+              low -= low_half(x), high -= high_half(x);
+            }
+            x = pack_pair<BF16_SCALES>(low, high);
+          }
+        }
+        query_sums[n][i] = x;
+      }
   }
 
   // A row as halves. Returns the factor on it, and in x what the halves are.
@@ -498,7 +538,7 @@ class Decoder {
 #pragma unroll
     for (int i = 0; i < PARTS; ++i) {
       score(s[i], stage, i);
-      to_logits(s[i]);
+      if constexpr (!C::LATE_FACTORS) to_logits(s[i]);
       if constexpr (C::ROPE > 0) add_rope(s[i], stage + C::ROPE_KEYS + 16 * i * C::RopeTile::PITCH);
     }
     if constexpr (TEAM > 1) add_up(s);
@@ -508,14 +548,20 @@ class Decoder {
 #pragma unroll
     for (int i = 0; i < 2 * PARTS; ++i)
       scales[i] = ValueScales(stage + VALUE_SCALES_AT, scale_row + 8 * i, first_value_group());
-    renormalize(s, scales);
+    float factors[NB][LR];
+#pragma unroll
+    for (int n = 0; n < NB; ++n)
+#pragma unroll
+      for (int j = 0; j < LR; ++j)
+        factors[n][j] = C::LATE_FACTORS ? floats(C::ROW_FACTORS)[row_of(n, j)] : 1.0f;
+    renormalize(s, factors, scales);
 #pragma unroll
     for (int i = 0; i < PARTS; ++i) {
 #pragma unroll
       for (int n = 0; n < NB; ++n)
 #pragma unroll
         for (int x = 0; x < 2 * LR; ++x) {
-          s[i][n][x] = exp2_fast(s[i][n][x] - base[n][x % LR]);
+          s[i][n][x] = exp2_fast(fmaf(s[i][n][x], factors[n][x % LR], -base[n][x % LR]));
           sum[n][x % LR] += s[i][n][x];
         }
       add_values(s[i], scales[2 * i], scales[2 * i + 1], stage, i);
@@ -537,6 +583,7 @@ class Decoder {
     const KeyScales low_scale(scales, key, first), high_scale(scales, key + 8, first);
     const u32 biases = stage + (K::HAS_BIAS ? C::KEY_BIASES : C::KEY_SCALES);
     const KeyScales low_bias(biases, key, first), high_bias(biases, key + 8, first);
+    if constexpr (C::BIAS_OPERANDS) multiply_biases(s, biases, key);
     const u32 codes = stage + 16 * part * C::KeyTile::PITCH;
     KeyWords words;
 #pragma unroll
@@ -549,7 +596,7 @@ class Decoder {
       }
       float scale[2] = {1.0f, 1.0f}, bias[2] = {};
       if constexpr (!K::SCALED_CODES) {
-        constexpr float factor = C::KEY_BYTES ? 1.0f : K::CODE_FACTOR;
+        constexpr float factor = (C::KEY_BYTES ? 1.0f : K::CODE_FACTOR) / SCORE_UNIT;
         scale[0] = scale_value(low_scale[g]) * factor;
         scale[1] = scale_value(high_scale[g]) * factor;
       }
@@ -558,14 +605,28 @@ class Decoder {
       for (int n = 0; n < NB; ++n)
 #pragma unroll
         for (int x = 0; x < 2 * LR; ++x) {
-          float y = g == 0 ? 0.0f : s[n][x];
-          if constexpr (K::HAS_BIAS) {
+          float y = g == 0 && !C::BIAS_OPERANDS ? 0.0f : s[n][x];
+          if constexpr (K::HAS_BIAS && !C::BIAS_OPERANDS) {
             y = fmaf(bias[x / LR], query_sum(first + g, n, x % LR), y);
-          } else if constexpr (C::HAS_SUMS) {
+          } else if constexpr (C::HAS_SUMS && !K::HAS_BIAS) {
             c[n][x] = fmaf(static_cast<float>(-K::BYTE_CENTER), query_sum(first + g, n, x % LR), c[n][x]);
           }
           s[n][x] = fmaf(scale[x / LR], c[n][x], y);
         }
+    }
+  }
+
+  // Scores begin with what the biases of the keys `key` and key + 8 add to them.
+  __device__ __forceinline__ void multiply_biases(float (&s)[NB][2 * LR], u32 biases, int key) const {
+    constexpr int W = C::BIAS_WORDS;
+    const u32 place = biases + (key * W + t % W) * 4;
+    const u32 low = load_word(place), high = load_word(place + 8 * W * 4);
+#pragma unroll
+    for (int n = 0; n < NB; ++n) {
+      float c[4] = {};
+      mma<BF16_SCALES>(c, low, high, W == 4 ? low : 0, W == 4 ? high : 0, query_sums[n][0], query_sums[n][1]);
+#pragma unroll
+      for (int x = 0; x < 4; ++x) s[n][x] = c[x];
     }
   }
 
@@ -736,7 +797,7 @@ class Decoder {
   }
 
   // Raise the running maxima, or lower the factor on value scales, where this tile asks for it.
-  __device__ __forceinline__ void renormalize(const float (&s)[PARTS][NB][2 * LR],
+  __device__ __forceinline__ void renormalize(const float (&s)[PARTS][NB][2 * LR], const float (&factors)[NB][LR],
                                               const ValueScales (&scales)[2 * PARTS]) {
     float peak[NB][LR];
     bool rise = false;
@@ -747,6 +808,7 @@ class Decoder {
         peak[n][j] = fmaxf(s[0][n][j], s[0][n][LR + j]);
 #pragma unroll
         for (int i = 1; i < PARTS; ++i) peak[n][j] = fmaxf(peak[n][j], fmaxf(s[i][n][j], s[i][n][LR + j]));
+        peak[n][j] *= factors[n][j];
         rise |= peak[n][j] > top[n][j] + RISE;
       }
     float largest = V::SCALED_CODES ? 1.0f : largest_scale(scales);
@@ -850,7 +912,7 @@ class Decoder {
 #pragma unroll
       for (int block = g * VALUE_BLOCKS; block < (g + TOGETHER) * VALUE_BLOCKS && block < DV / TEAM / 32; ++block) {
         u32 low[4], high[4];
-        load_values<V, C::ValueTile::PITCH>(low, high, words, codes, value_place, block, lane);
+        load_values<V, C::ValueTile::PITCH, C::RAW_VALUES>(low, high, words, codes, value_place, block, lane);
         if constexpr (V::SCALED_CODES) scale_values(low, high, stage + VALUE_SCALES_AT, block, part);
 #pragma unroll
         for (int term = 0; term < TERMS; ++term)
@@ -892,8 +954,8 @@ class Decoder {
           for (int i = 0; i < 2 * VALUE_BLOCKS; ++i) {
             const int block = g * VALUE_BLOCKS + i / 2, column = value_column(block, j);
             float(&c)[4] = o[block][i % 2][n];
-            c[column] = fmaf(c[column], V::CODE_FACTOR * unit, bias);
-            c[column + 2] = fmaf(c[column + 2], V::CODE_FACTOR * unit, bias);
+            c[column] = fmaf(c[column], V::value_factor(i % 2 * 2, C::RAW_VALUES) * unit, bias);
+            c[column + 2] = fmaf(c[column + 2], V::value_factor(i % 2 * 2 + 1, C::RAW_VALUES) * unit, bias);
           }
         }
       }

@@ -2,7 +2,9 @@
 //
 // As halves: affine codes as integers, floating-point codes as their value times a power of two (CODE_FACTOR undoes it,
 // in float32). Unpacking puts a field of a code word into the mantissa of 1024.0 (0x6400) with one AND-OR; a fused
-// multiply-add then takes the 1024 off and the position of the field within the mantissa out.
+// multiply-add then takes the 1024 off and the position of the field within the mantissa out. Raw, a field is masked
+// and no more: as a subnormal half it is the integer times a power of two. Products take it exactly, but add it up with
+// the precision of the smallest normal half, some 2e-5 of the sum: enough for queries of 16 bits.
 //
 // As bytes (keys, where queries have 16 bits): the codes plus BYTE_CENTER, a few ANDs away from the code words.
 //
@@ -55,19 +57,36 @@ struct Format {
                                                    : 0x73625140u;
   // Nibble c: the bit of its byte at which code c begins. Its query is that much smaller.
   static constexpr u32 CODE_SHIFT = BITS == 3 ? 0x02111000u : BITS == 5 ? 0x01102200u : BITS == 6 ? 0x20202020u : 0;
+  // Whether fields of values may stay where they lie, as halves that are subnormal.
+  static constexpr bool HAS_RAW_VALUES = MODE == AFFINE;
+  // The factor that register j of load_values() wants: by the bit at which its field begins, if it is raw.
+  __device__ static constexpr float value_factor(int j, bool raw) {
+    const int bit = BITS == 8   ? 0
+                    : BITS == 5 ? j % 2 * 5
+                    : BITS == 3 ? (j < 3 ? 3 * j : 6)
+                    : BITS == 2 ? 2 * j
+                                : j % 2 * 4;
+    return raw ? static_cast<float>(1 << (24 - bit)) : CODE_FACTOR;
+  }
   __device__ static constexpr int groups(int dim) { return dim / GROUP; }
   __device__ static constexpr int row_bytes(int dim) { return dim * BITS / 8; }
 };
 
-// Field at bit S0 of the low half and at bit S1 of the high half, as a pair of exact integers less CENTER.
-template <typename F, int S0, int S1>
+// Field at bit S0 of the low half and at bit S1 of the high half, as a pair of exact integers less CENTER. RAW: as they
+// lie there, which as subnormal halves are the integers times 2^(S0 - 24) and 2^(S1 - 24).
+template <typename F, int S0, int S1, bool RAW = false>
 __device__ __forceinline__ u32 take_fields(u32 w) {
   static_assert(S0 + F::BITS <= 10 && S1 + F::BITS <= 10, "a field must lie within the mantissa");
   constexpr u32 field = (1u << F::BITS) - 1;
   constexpr u32 mask = (field << S0) | (field << (16 + S1));
-  constexpr u32 step = ((15u - S0) << 10) | ((15u - S1) << 26);
-  constexpr u32 base = 0x80008000u | half_bits((1024 >> S0) + F::CENTER) | (half_bits((1024 >> S1) + F::CENTER) << 16);
-  return fma_half2(and_or(w, mask, 0x64006400u), step, base);
+  if constexpr (RAW) {
+    return w & mask;
+  } else {
+    constexpr u32 step = ((15u - S0) << 10) | ((15u - S1) << 26);
+    constexpr u32 base =
+        0x80008000u | half_bits((1024 >> S0) + F::CENTER) | (half_bits((1024 >> S1) + F::CENTER) << 16);
+    return fma_half2(and_or(w, mask, 0x64006400u), step, base);
+  }
 }
 
 // The top byte of each half (sign, 4 exponent bits, 3 of mantissa) as a half, times 2^-8.
@@ -82,40 +101,42 @@ __device__ __forceinline__ u32 e2m1_halves(u32 w) {
 }
 
 // Nibble P (0 to 3) of each half.
-template <typename F, int P>
+template <typename F, int P, bool RAW = false>
 __device__ __forceinline__ u32 take_nibbles(u32 w) {
   if constexpr (F::MODE == MXFP4 || F::MODE == NVFP4) {
     return e2m1_halves<P>(w);
   } else if constexpr (P < 2) {
-    return take_fields<F, 4 * P, 4 * P>(w);
+    return take_fields<F, 4 * P, 4 * P, RAW>(w);
   } else {
-    return take_fields<F, 4 * P - 8, 4 * P - 8>(w >> 8);
+    return take_fields<F, 4 * P - 8, 4 * P - 8, RAW>(w >> 8);
   }
 }
 
 // The four 2-bit fields of the low byte of each half.
-template <typename F>
+template <typename F, bool RAW = false>
 __device__ __forceinline__ void take_quarters(u32 (&d)[4], u32 w) {
-  d[0] = take_fields<F, 0, 0>(w), d[1] = take_fields<F, 2, 2>(w);
-  d[2] = take_fields<F, 4, 4>(w), d[3] = take_fields<F, 6, 6>(w);
+  d[0] = take_fields<F, 0, 0, RAW>(w), d[1] = take_fields<F, 2, 2, RAW>(w);
+  d[2] = take_fields<F, 4, 4, RAW>(w), d[3] = take_fields<F, 6, 6, RAW>(w);
 }
 
 // The block's 4 codes of each half of a word, of formats loaded as units of 16 bytes.
-template <typename F>
+template <typename F, bool RAW = false>
 __device__ __forceinline__ void take_unit(u32 (&d)[4], u32 w, int block) {
   if constexpr (F::BITS == 2) {
-    take_quarters<F>(d, block % 2 ? w >> 8 : w);
+    take_quarters<F, RAW>(d, block % 2 ? w >> 8 : w);
   } else {
-    d[0] = take_nibbles<F, 0>(w), d[1] = take_nibbles<F, 1>(w);
-    d[2] = take_nibbles<F, 2>(w), d[3] = take_nibbles<F, 3>(w);
+    d[0] = take_nibbles<F, 0, RAW>(w), d[1] = take_nibbles<F, 1, RAW>(w);
+    d[2] = take_nibbles<F, 2, RAW>(w), d[3] = take_nibbles<F, 3, RAW>(w);
   }
 }
 
 // Bytes I and J of w.
-template <typename F, int I, int J>
+template <typename F, int I, int J, bool RAW = false>
 __device__ __forceinline__ u32 take_bytes(u32 w) {
   if constexpr (F::MODE == MXFP8) {
     return e4m3_halves(__byte_perm(w, 0, I << 4 | J << 12 | 0x0404));
+  } else if constexpr (RAW) {
+    return __byte_perm(w, 0, I | J << 8 | 0x4040);
   } else {
     return fma_half2(__byte_perm(w, 0x64646464u, I | J << 8 | 0x4040), 0x3c003c00u,
                      0x80008000u | half_bits(1024 + F::CENTER) * 0x10001u);
@@ -313,40 +334,40 @@ __device__ __forceinline__ void unpack_keys(u32 (&d)[4], const u32 (&row)[WORDS]
 }
 
 // Four dimensions of two keys from their code windows (the lane's 4 codes at the bottom of each), as 4 registers.
-template <typename F>
+template <typename F, bool RAW>
 __device__ __forceinline__ void unpack_values(u32 (&d)[4], u32 a, u32 b) {
   const u32 x = __byte_perm(a, b, 0x5410);
   if constexpr (F::BITS == 2) {
-    take_quarters<F>(d, x);
+    take_quarters<F, RAW>(d, x);
   } else if constexpr (F::BITS == 3) {
-    d[0] = take_fields<F, 0, 0>(x), d[1] = take_fields<F, 3, 3>(x);
-    d[2] = take_fields<F, 6, 6>(x), d[3] = take_fields<F, 6, 6>(x >> 3);
+    d[0] = take_fields<F, 0, 0, RAW>(x), d[1] = take_fields<F, 3, 3, RAW>(x);
+    d[2] = take_fields<F, 6, 6, RAW>(x), d[3] = take_fields<F, 6, 6, RAW>(x >> 3);
   } else if constexpr (F::BITS == 5) {
     const u32 y = __byte_perm(a >> 10, b >> 10, 0x5410);
-    d[0] = take_fields<F, 0, 0>(x), d[1] = take_fields<F, 5, 5>(x);
-    d[2] = take_fields<F, 0, 0>(y), d[3] = take_fields<F, 5, 5>(y);
+    d[0] = take_fields<F, 0, 0, RAW>(x), d[1] = take_fields<F, 5, 5, RAW>(x);
+    d[2] = take_fields<F, 0, 0, RAW>(y), d[3] = take_fields<F, 5, 5, RAW>(y);
   } else {
     const u32 y = __byte_perm(a >> 12, b >> 12, 0x5410);
-    d[0] = take_fields<F, 0, 0>(x), d[1] = take_fields<F, 4, 4>(x >> 2);
-    d[2] = take_fields<F, 0, 0>(y), d[3] = take_fields<F, 4, 4>(y >> 2);
+    d[0] = take_fields<F, 0, 0, RAW>(x), d[1] = take_fields<F, 4, 4, RAW>(x >> 2);
+    d[2] = take_fields<F, 0, 0, RAW>(y), d[3] = take_fields<F, 4, 4, RAW>(y >> 2);
   }
 }
 
 // Values of a block of 32 dimensions: low[j] holds the keys 2t, 2t + 1 and high[j] the keys 2t + 8, 2t + 9 of the
-// lane's dimension value_dim(r, j / 2, j % 2).
-template <typename F, int PITCH, typename Words>
+// lane's dimension value_dim(r, j / 2, j % 2), by 1 / value_factor(j, RAW).
+template <typename F, int PITCH, bool RAW, typename Words>
 __device__ __forceinline__ void load_values(u32 (&low)[4], u32 (&high)[4], Words& words, u32 rows, u32 place,
                                             int block, int lane) {
   words.load(rows, place, block);
   if constexpr (F::BITS == 8) {
     const u32(&w)[4] = words.w;
-    low[0] = take_bytes<F, 0, 2>(w[0]), low[1] = take_bytes<F, 1, 3>(w[0]);
-    high[0] = take_bytes<F, 0, 2>(w[1]), high[1] = take_bytes<F, 1, 3>(w[1]);
-    low[2] = take_bytes<F, 0, 2>(w[2]), low[3] = take_bytes<F, 1, 3>(w[2]);
-    high[2] = take_bytes<F, 0, 2>(w[3]), high[3] = take_bytes<F, 1, 3>(w[3]);
+    low[0] = take_bytes<F, 0, 2, RAW>(w[0]), low[1] = take_bytes<F, 1, 3, RAW>(w[0]);
+    high[0] = take_bytes<F, 0, 2, RAW>(w[1]), high[1] = take_bytes<F, 1, 3, RAW>(w[1]);
+    low[2] = take_bytes<F, 0, 2, RAW>(w[2]), low[3] = take_bytes<F, 1, 3, RAW>(w[2]);
+    high[2] = take_bytes<F, 0, 2, RAW>(w[3]), high[3] = take_bytes<F, 1, 3, RAW>(w[3]);
   } else if constexpr (F::UNIT_BLOCKS > 0) {
-    take_unit<F>(low, words.of(block, 0), block);
-    take_unit<F>(high, words.of(block, 1), block);
+    take_unit<F, RAW>(low, words.of(block, 0), block);
+    take_unit<F, RAW>(high, words.of(block, 1), block);
   } else {
     u32 window[4];
     const int bit = 4 * F::BITS * (lane / 4);
@@ -356,8 +377,8 @@ __device__ __forceinline__ void load_values(u32 (&low)[4], u32 (&high)[4], Words
       const u32 next = F::BITS == 2 ? 0 : load_word(row + 4);
       window[k] = __funnelshift_r(load_word(row), next, bit % 32);
     }
-    unpack_values<F>(low, window[0], window[1]);
-    unpack_values<F>(high, window[2], window[3]);
+    unpack_values<F, RAW>(low, window[0], window[1]);
+    unpack_values<F, RAW>(high, window[2], window[3]);
   }
 }
 

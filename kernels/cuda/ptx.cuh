@@ -71,6 +71,17 @@ __device__ __forceinline__ u32 pack_half2(float low, float high) {
   return d;
 }
 
+template <bool BF16>
+__device__ __forceinline__ u32 pack_pair(float low, float high) {
+  if constexpr (BF16) {
+    u32 d;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+    return d;
+  } else {
+    return pack_half2(low, high);
+  }
+}
+
 // Per half, the larger magnitude; halves of type T.
 template <typename T>
 __device__ __forceinline__ u32 max_magnitudes(u32 a, u32 b) {

@@ -16,17 +16,6 @@ constexpr int PANEL_BYTES = TILE_ROWS * 128;  // of 64 columns of a tile
 // Of so many columns.
 __device__ constexpr int panels(int columns) { return (columns + PANEL_COLUMNS - 1) / PANEL_COLUMNS; }
 
-template <bool BF16>
-__device__ __forceinline__ u32 pack_pair(float low, float high) {
-  if constexpr (BF16) {
-    u32 d;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
-    return d;
-  } else {
-    return pack_half2(low, high);
-  }
-}
-
 __device__ __forceinline__ void store_unit(u32 address, const u32 (&x)[4]) {
   asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3])
                : "memory");
