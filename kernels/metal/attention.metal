@@ -32,13 +32,16 @@ inline void load_numbers(Rows rows, uint row, uint first, thread float* numbers)
 }
 
 // scores += queries keys^T over one chunk, for one tile of 8 rows and one of 8 keys. `q`: two runs of COUNT numbers of
-// a row; `k`: one of each of two keys.
+// a row; `k`: one of each of two keys. The chunk is summed by itself, so that after a large product fewer sums are
+// rounded to its size.
 template <int COUNT>
 inline void add_scores(thread float2& scores, const thread float* q, const thread float* k0, const thread float* k1) {
+  float2 part = float2(0.0f);
   MLX_MTL_PRAGMA_UNROLL
   for (int e = 0; e < COUNT; e++) {
-    multiply_accumulate(scores, float2(q[e], q[COUNT + e]), float2(k0[e], k1[e]));
+    multiply_accumulate(part, float2(q[e], q[COUNT + e]), float2(k0[e], k1[e]));
   }
+  scores += part;
 }
 
 // out += weights values for one tile of 8 keys, of which this lane has the one that lies at `row`, over CHUNKS chunks

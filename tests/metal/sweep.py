@@ -21,6 +21,7 @@ import mlx.core as mx
 
 from tests import attention_cases as cases
 from tests.attention_cases import Case
+from tests.kernels.double_precision import attend_in_double
 from tests.metal.emulated_backend import EmulatedBackend, emulated_backend
 
 __all__ = ["family", "mla_family", "prefill_family", "worst_errors"]
@@ -70,6 +71,9 @@ def _variants(first: Case, variants: int) -> Iterator[Case]:
 def worst_errors(backend: EmulatedBackend, calls: Iterator[Case]) -> dict[mx.Dtype, tuple[float, int]]:
     """The largest relative error and the number of calls, by dtype.
 
+    Held against double precision: where keys have outliers, float32 attention in MLX's operations errs by more than the
+    kernels, and by more than their tolerance.
+
     Raises:
         AssertionError: for a call that misses its tolerance, with the case.
     """
@@ -77,7 +81,7 @@ def worst_errors(backend: EmulatedBackend, calls: Iterator[Case]) -> dict[mx.Dty
     for index, case in enumerate(calls):
         call = cases.build(case)
         output = backend.attend(call, keys_per_split=(32, 256)[index % 2])
-        error = cases.relative_error(output, cases.expected(call))
+        error = cases.relative_error(output, attend_in_double(call))
         assert error <= cases.TOLERANCES[case.dtype], f"error {error:.1e}: {case}"
         error_so_far, count = worst[case.dtype]
         worst[case.dtype] = max(error_so_far, error), count + 1
