@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from typing import Any, cast
 
 import mlx.core as mx
@@ -26,6 +26,7 @@ MAX_DECODE_LENGTH = 16
 one for the shape, is the better tuned."""
 MAX_GROUP = 128
 MAX_DIM = 512
+_MERGE_THREADS = 128
 
 
 def metal_kernel(**options: Any) -> Callable[..., list[mx.array]]:
@@ -86,25 +87,20 @@ def attend(call: AttentionCall) -> mx.array:
     family = family_of(signature)
     launch = plan_launch(signature, family, call.key_count, core_count())
     split = launch.splits > 1
-    threads = 32 * family.simdgroups
     dtype = mx.float32 if split else signature.dtype
     row_shape = (*shape[:3], launch.splits) if split else shape[:3]
     outputs = _decode_kernel(family, split, call.stack is not None)(
         inputs=_inputs(call, split),
-        template=[("T", signature.dtype), *_template(family)],
-        grid=(signature.kv_heads * launch.blocks * threads, launch.splits, signature.batch),
-        threadgroup=(threads, 1, 1),
+        grid=(signature.kv_heads * launch.blocks * 32 * family.simdgroups, launch.splits, signature.batch),
         output_shapes=[(*row_shape, signature.value_dim), (*row_shape, 2)][: 1 + split],
         output_dtypes=[dtype, mx.float32][: 1 + split],
     )
     if not split:
         return outputs[0]
     rows = shape[0] * shape[1] * shape[2]
-    return _merge_kernel(signature.has_sinks)(
+    return _merge_kernel(signature.has_sinks, signature.dtype)(
         inputs=[*outputs, *([call.sinks] if signature.has_sinks else [])],
-        template=[("T", signature.dtype), ("MAX_SPLITS", MAX_SPLITS)],
-        grid=(rows * 128, 1, 1),
-        threadgroup=(128, 1, 1),
+        grid=(rows * _MERGE_THREADS, 1, 1),
         output_shapes=[shape],
         output_dtypes=[signature.dtype],
     )[0]
@@ -155,10 +151,10 @@ def _scalar(value: float) -> mx.array:
     return mx.array(value, mx.float32)
 
 
-def _template(family: Family) -> list[tuple[str, int | bool]]:
-    """Template arguments, apart from the dtype."""
+def _template(family: Family) -> list[tuple[str, int | bool | mx.Dtype]]:
     signature = family.signature
-    arguments: list[tuple[str, int | bool]] = [
+    arguments: list[tuple[str, int | bool | mx.Dtype]] = [
+        ("T", signature.dtype),
         ("KEY_DIM", signature.key_dim),
         ("VALUE_DIM", signature.value_dim),
         ("ROPE_DIM", signature.rope_dim),
@@ -178,8 +174,11 @@ def _template(family: Family) -> list[tuple[str, int | bool]]:
 
 @cache
 def _decode_kernel(family: Family, split: bool, stacked: bool) -> Callable[..., list[mx.array]]:
-    """``stacked``: keys and values come as the two arrays of a :class:`PackedStack`."""
-    return metal_kernel(
+    """The kernel, with the arguments that all its launches share.
+
+    stacked: keys and values come as the two arrays of a :class:`PackedStack`.
+    """
+    kernel = metal_kernel(
         name="qsdpa_decode_split" if split else "qsdpa_decode",
         input_names=_input_names(family.signature, split, stacked),
         output_names=["partials", "stats"] if split else ["output"],
@@ -187,14 +186,16 @@ def _decode_kernel(family: Family, split: bool, stacked: bool) -> Callable[..., 
         source=sources.decode_body(family.kind),
         ensure_row_contiguous=False,
     )
+    return partial(kernel, template=_template(family), threadgroup=(32 * family.simdgroups, 1, 1))
 
 
 @cache
-def _merge_kernel(has_sinks: bool) -> Callable[..., list[mx.array]]:
-    return metal_kernel(
+def _merge_kernel(has_sinks: bool, dtype: mx.Dtype) -> Callable[..., list[mx.array]]:
+    kernel = metal_kernel(
         name="qsdpa_merge",
         input_names=["partials", "stats", *(["sinks"] if has_sinks else [])],
         output_names=["output"],
         header=sources.merge_header(has_sinks),
         source=sources.merge_body(),
     )
+    return partial(kernel, template=[("T", dtype), ("MAX_SPLITS", MAX_SPLITS)], threadgroup=(_MERGE_THREADS, 1, 1))
