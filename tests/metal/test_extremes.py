@@ -7,6 +7,7 @@ from dataclasses import replace
 import mlx.core as mx
 import pytest
 
+from qsdpa_patch.kernels.attention_call import check_call
 from qsdpa_patch.kernels.format import FLOAT_FORMATS, Format
 from qsdpa_patch.kernels.quantized_tensor import QuantizedTensor
 from tests import attention_cases as cases
@@ -26,6 +27,19 @@ CORNERS = {
     ),
     "a value chunk for each of 7 simdgroups": Case(seed=6, group=20, count=40, capacity=44, key_dim=64, value_dim=448),
     "as many keys as positions": Case(seed=7, group=1, length=16, count=16, capacity=16, mask="causal"),
+    "a latent, three positions": Case(
+        seed=14,
+        kv_heads=1,
+        group=20,
+        length=3,
+        count=70,
+        capacity=75,
+        key_dim=256,
+        value_dim=256,
+        rope_dim=64,
+        mask="causal",
+        sinks=True,
+    ),
     "one key": Case(seed=8, group=4, count=1, capacity=1, sinks=True),
 }
 
@@ -55,6 +69,15 @@ def test_more_splits_than_tiles_of_keys(metal: EmulatedBackend, group: int) -> N
     check(
         metal, Case(seed=10, kv_heads=1, group=group, count=65, capacity=65, sinks=True, mask="bool"), keys_per_split=1
     )
+
+
+@pytest.mark.parametrize("group", [2, 20])
+@pytest.mark.parametrize("dim", [64, 256])
+def test_keys_that_are_the_values(metal: EmulatedBackend, group: int, dim: int) -> None:
+    apart = cases.build(Case(seed=15, group=group, count=70, capacity=80, key_dim=dim, value_dim=dim, sinks=True))
+    call = check_call(apart.queries, apart.keys, apart.keys, scale=apart.scale, sinks=apart.sinks)
+    for keys_per_split in (32, 256):
+        assert cases.relative_error(metal.attend(call, keys_per_split), cases.expected(call)) <= 1e-5
 
 
 @pytest.mark.parametrize("rows", ["few", "many", "latent"])

@@ -18,6 +18,12 @@ def test_a_fault_is_found(metal: EmulatedBackend, mutation: Mutation) -> None:
     assert re.search(mutation.caught, caught_by(mutation, metal))
 
 
+def test_without_a_fault_nothing_is_found(metal: EmulatedBackend) -> None:
+    for case, steepness in dict.fromkeys((m.case, m.steepness) for m in MUTATIONS):
+        unchanged = Mutation("none", "matrix.metal", "float", "float", "", case, steepness)
+        assert caught_by(unchanged, metal) == "", case
+
+
 @pytest.mark.skipif(mx.metal.is_available(), reason="faulty kernels are for the emulator, not for a GPU")
 @pytest.mark.parametrize("mutation", ROW_MUTATIONS, ids=[m.name for m in ROW_MUTATIONS])
 def test_a_fault_in_quantizing_rows_is_found(metal: EmulatedBackend, mutation: RowMutation) -> None:
