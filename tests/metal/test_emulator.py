@@ -254,6 +254,46 @@ def test_small_floats_round_after_every_operation(emulator: Emulator, dtype: mx.
     assert mx.array_equal(out, a * b + c)
 
 
+def test_instructions_are_counted_by_kind_and_element(emulator: Emulator) -> None:
+    body = """
+    uint i = thread_index_in_simdgroup;
+    float2 v = float2(x[i], x[i + 32]);
+    v *= x[0];
+    y[i] = v.x;
+    y[32 + i] = v.y;
+    y[64 + i] = exp(x[i]);
+    y[96 + i] = float((uint(x[i]) >> 3) & 5u);
+    """
+    counting = Emulator(count_instructions=True)
+    for each in (emulator, counting):
+        each.metal_kernel("counted", ["x"], ["y"], body)(
+            inputs=[mx.arange(64).astype(mx.float32)], grid=(32, 1, 1), threadgroup=(32, 1, 1), output_shapes=[(128,)],
+            output_dtypes=[mx.float32],
+        )  # fmt: skip
+    counts = counting.costs[0].instructions
+    of_a_lane = {kind: counts[kind] / 32 for kind in ("float", "exp", "convert", "shift", "bitwise", "multiply")}
+    assert of_a_lane == {"float": 2, "exp": 1, "convert": 2, "shift": 1, "bitwise": 1, "multiply": 0}
+    assert emulator.costs[0].buffers["x"].load_bytes == 4 * 5 * 32
+
+
+@pytest.mark.parametrize(("readers", "from_memory"), [("true", 1), ("t == 0 || t == 3", 1), ("t == 0 || t == 4", 2)])
+def test_what_threadgroups_in_a_row_read_comes_from_memory_once(
+    emulator: Emulator, readers: str, from_memory: int
+) -> None:
+    body = f"""
+    uint t = threadgroup_position_in_grid.x;
+    y[thread_position_in_grid.x] = {readers} ? x[thread_index_in_simdgroup] : 0.0f;
+    """
+    emulator.metal_kernel("rereading", ["x"], ["y"], body)(
+        inputs=[mx.arange(32).astype(mx.float32)], grid=(256, 1, 1), threadgroup=(32, 1, 1), output_shapes=[(256,)],
+        output_dtypes=[mx.float32],
+    )  # fmt: skip
+    read = emulator.costs[0].buffers["x"]
+    assert read.unique_bytes == 128
+    assert read.neighbour_unique_bytes == 128 * from_memory
+    assert read.threadgroup_unique_bytes == 128 * (8 if readers == "true" else 2)
+
+
 def test_slices_are_read_in_place_and_nothing_beside_them(emulator: Emulator) -> None:
     def read(body: str) -> mx.array:
         return emulator.metal_kernel("slice", ["x"], ["y"], body, ensure_row_contiguous=False)(

@@ -46,9 +46,18 @@ def instrument(assembly: str) -> tuple[str, list[dict[str, int]]]:
             at_start = False
         lines.append(line)
         if in_function and blocks:
+            scalar, width = _of_elements(line)
             for kind, pattern in KINDS.items():
-                blocks[-1][kind] += bool(re.search(rf"(?:= |\s){pattern}", line))
+                blocks[-1][kind] += width * bool(re.search(rf"(?:= |\s){pattern}", scalar))
     return "".join(lines) + "\ndeclare void @emu_count(i32)\n", blocks
+
+
+def _of_elements(line: str) -> tuple[str, int]:
+    """The instruction on each element of a vector instruction, and how many there are."""
+    vector = re.search(r"<(\d+) x (\w+)>", line)
+    if vector is None:
+        return line, 1
+    return re.sub(r"<\d+ x (\w+)>", r"\1", line).replace(f".v{vector[1]}f", ".f"), int(vector[1])
 
 
 def total(blocks: Sequence[Mapping[str, int]], executed: Sequence[int]) -> dict[str, int]:
