@@ -5,6 +5,7 @@ Not against the float32 reference: with outlier keys its own error comes to 1e-5
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import shutil
@@ -241,7 +242,27 @@ def test_a_forked_child_makes_its_own_threads() -> None:
     assert os.waitpid(child, 0)[1] == 0
 
 
-@pytest.fixture(params=["-mno-avx512vnni", "-mno-avx512f", "-mno-avx512f -mno-avxvnni", "-mno-avx"])
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="threads choose no cores here")
+def test_threads_keep_off_the_callers_core() -> None:
+    allowed = os.sched_getaffinity(0)
+    if len(allowed) < 2:
+        pytest.skip("there is one core")
+    call = build(Case(seed=11, kv_heads=4, group=4, count=1500, capacity=1500))
+    fields, _ = prepared(call, threads=3)
+    this_core = ctypes.CDLL(None).sched_getcpu
+    for _ in range(50):
+        before = this_core()
+        library.load_library().functions.qsdpa_attend(fields, call.scale)
+        if this_core() == before:  # else the system moved this thread in between
+            break
+    masks = [os.sched_getaffinity(int(task)) for task in os.listdir("/proc/self/task")]
+    assert os.sched_getaffinity(0) == allowed
+    assert masks.count(allowed - {before}) >= 2
+
+
+@pytest.fixture(
+    params=["-mno-avx512vnni", "-mno-avx512f", "-mno-avx512f -mno-avxvnni", "-mno-avx", "-mno-avx -DHAS_BYTE_DOTS=1"]
+)
 def narrow_library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The library made for narrower vectors than this CPU has, or without its products of bytes."""
     path = shutil.which("cc")

@@ -5,9 +5,10 @@
 #ifndef QSDPA_THREADS_H
 #define QSDPA_THREADS_H
 
-#include <pthread.h>
 #include <stdlib.h>
 #include <time.h>
+
+#include "cores.h"
 
 /* Nanoseconds: a few times what it takes to fall asleep and be woken, or the calls of a layer to follow each other. */
 enum { MOST_THREADS = 256, LONGEST_SPIN = 50000 };
@@ -29,6 +30,8 @@ static struct {
   job *current;
   unsigned long jobs; /* so far */
   int started, active;
+  int callers_core; /* that the threads have been moved off */
+  pthread_t threads[MOST_THREADS];
   struct {
     float *start;
     size_t size;
@@ -136,11 +139,21 @@ static void start_threads(int count) {
   pthread_attr_init(&attributes);
   pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
   while (pool.started < count - 1) {
-    pthread_t thread;
-    if (pthread_create(&thread, &attributes, worker, (void *)(intptr_t)(pool.started + 1))) break;
+    void *const index = (void *)(intptr_t)(pool.started + 1);
+    if (pthread_create(pool.threads + pool.started, &attributes, worker, index)) break;
     pool.started++;
+    pool.callers_core = -1;
   }
   pthread_attr_destroy(&attributes);
+}
+
+/* Keeps the threads off the core that the caller is on. On the same core one would wait until the caller is done, and
+   Linux may leave it there for seconds while another core has nothing to do. */
+static void take_own_core(void) {
+  const int core = this_core();
+  if (core == pool.callers_core) return;
+  for (int i = 0; i < pool.started; i++) keep_off_core(pool.threads[i], core);
+  pool.callers_core = core;
 }
 
 /* Runs items 0 .. j->items on up to `threads` threads, this one included; returns when all are done. False when there
@@ -157,6 +170,7 @@ static int run_job(job *j, int threads) {
     run_items(j, worker_memory(0, j->memory));
   } else {
     start_threads(threads);
+    take_own_core();
     take_lock();
     pool.current = j;
     __atomic_add_fetch(&pool.jobs, 1, __ATOMIC_RELEASE);
