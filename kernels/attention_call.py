@@ -19,7 +19,7 @@ __all__ = ["AttentionCall", "RopeTerm", "Signature", "check_call"]
 _FLOATS = (mx.float16, mx.bfloat16, mx.float32)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen, which takes three times as long to make
 class RopeTerm:
     """The second score term of absorbed MLA: ``queries @ keys^T`` is added to the scaled scores.
 
@@ -56,9 +56,9 @@ class Signature(NamedTuple):
     shared_kv: bool  # values are the very tensor that keys are (absorbed MLA): read and dequantize it once
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class AttentionCall:
-    """The arguments of one call, checked.
+    """The arguments of one call, checked. Nobody changes one.
 
     queries: ``[B, Hq, L, D]``; keys: ``[B, Hkv, N, D]``; values: ``[B, Hkv, N, Dv]``, each with its own format. D and
         Dv are stored row lengths, multiples of 32. The queries are as the keys are stored: rotated where these are,

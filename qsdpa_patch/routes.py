@@ -25,7 +25,7 @@ MAX_FUSED_QUERY_LENGTH = 16
 """Query rows up to which the GPU kernels for decoding serve. More go to ``prefill``, unless a backend takes them."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Caller:
     """Who made a call, for the report."""
 
