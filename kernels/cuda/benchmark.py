@@ -148,9 +148,13 @@ def copy_bandwidth() -> float:
 
 
 def _tensor(shape: tuple[int, ...], format: Format, dtype: mx.Dtype) -> QuantizedTensor:
-    parts = quantize_parts(mx.random.normal(shape).astype(dtype), format)
-    mx.eval(parts)
-    codes, scales, *biases = parts
+    """Random rows ``[B, H, N, D]``, drawn for one sequence at a time: those of all may take gigabytes."""
+    each = []
+    for _ in range(shape[0]):
+        each.append(quantize_parts(mx.random.normal((1, *shape[1:])).astype(dtype), format))
+        mx.eval(each[-1])
+    codes, scales, *biases = (mx.concatenate(list(parts)) for parts in zip(*each))
+    mx.eval(codes, scales, biases)
     return QuantizedTensor(codes, scales, biases[0] if biases else None, format, dtype=dtype)
 
 
