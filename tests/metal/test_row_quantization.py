@@ -140,8 +140,20 @@ def _failing_kernels(**options: Any) -> Callable[..., list[mx.array]]:
     return call
 
 
+def _refused_kernels(**options: Any) -> Callable[..., list[mx.array]]:
+    def call(**launch: Any) -> list[mx.array]:
+        raise ValueError("Thread group size (128) is greater than the maximum allowed threads per threadgroup")
+
+    return call
+
+
 @pytest.mark.parametrize(
-    ("kernels", "reason"), [(_wrong_kernels, "bytes differ"), (_failing_kernels, "Unable to build metal library")]
+    ("kernels", "reason"),
+    [
+        (_wrong_kernels, "bytes differ"),
+        (_failing_kernels, "Unable to build metal library"),
+        (_refused_kernels, "maximum allowed threads"),
+    ],
 )
 def test_a_kernel_that_is_wrong_or_does_not_compile_is_logged_once_and_not_used(
     costs: list[Cost],
