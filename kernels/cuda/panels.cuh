@@ -1,5 +1,5 @@
-// Unpacking tiles of 64 rows of codes, of any number of dimensions that is a multiple of 32, into panels of 64 columns in
-// shared memory: once, into values of T (16 bits), in the order of dimensions of key_dim().
+// Unpacking tiles of 64 rows of codes, of any number of dimensions that is a multiple of 32, into panels of 64 columns
+// in shared memory: once, into values of T (16 bits), in the order of dimensions of key_dim().
 //
 // A thread of a warpgroup has one row and one half of each panel; eight lanes write the same unit of eight rows, which
 // lie in distinct banks. Codes of a few panels at a time come into registers first.

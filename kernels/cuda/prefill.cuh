@@ -7,8 +7,8 @@
 //                  tiles in shared memory (panels.cuh)
 //   two consumers  scores S = Q K^T [64 x 64], softmax, O += P V, of 64 rows each. Output rows of more than 256 columns
 //                  are too many for the registers of one: then a block has 64 rows, and each consumer half the columns.
-// A consumer's products of values of a tile run while it takes the softmax of the next, and the other consumer's fill the
-// gaps.
+// A consumer's products of values of a tile run while it takes the softmax of the next, and the other consumer's fill
+// the gaps.
 #pragma once
 #include "panels.cuh"
 #include "softmax.cuh"

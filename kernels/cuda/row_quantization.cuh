@@ -64,8 +64,8 @@ __device__ __forceinline__ void round_to(float (&x)[PACK]) {
   for (int i = 0; i < PACK; ++i) x[i] = static_cast<float>(static_cast<T>(x[i]));
 }
 
-// The Hadamard transform of each block of `BLOCK` numbers of a row, as mx.hadamard_transform does it: it rounds to T after
-// every four of its steps, and at the end. `pack` is the place of this thread's numbers in the row.
+// The Hadamard transform of each block of `BLOCK` numbers of a row, as mx.hadamard_transform does it: it rounds to T
+// after every four of its steps, and at the end. `pack` is the place of this thread's numbers in the row.
 template <int BLOCK, typename T>
 __device__ __forceinline__ void rotate(float (&x)[PACK], unsigned pack, float scale) {
   static_assert(BLOCK <= 32 * PACK, "a block must lie within a warp");

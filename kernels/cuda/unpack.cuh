@@ -137,8 +137,8 @@ __device__ __forceinline__ void load_unit(u32 (&x)[4], const T* source, i64 stri
   }
 }
 
-// Codes of four bits as the pairs of take_nibbles(), in bfloat16: it has room for them beside the 128 of 0x4300, so that
-// integers need no detour over halves and float32.
+// Codes of four bits as the pairs of take_nibbles(), in bfloat16: it has room for them beside the 128 of 0x4300, so
+// that integers need no detour over halves and float32.
 template <typename F>
 __device__ __forceinline__ void take_bfloat16_nibbles(u32 (&x)[4], u32 w) {
   constexpr u32 ONE = 0x3f803f80u, LESS_BASE = F::CENTER == 8 ? 0xc308c308u : 0xc300c300u;  // -136 or -128
