@@ -36,4 +36,12 @@ __device__ __forceinline__ View<T> view(const T* data, const Shape& shape, const
   return {data, {strides[0], strides[1], strides[2], strides[3]}, {shape[0], shape[1], shape[2], shape[3]}};
 }
 
+// Number `index` of `count` operands that are stacked along the heads.
+template <typename T>
+__device__ __forceinline__ View<T> stacked(View<T> all, int index, int count) {
+  all.shape[1] /= count;
+  all.data += index * all.shape[1] * all.strides[1];
+  return all;
+}
+
 }  // namespace qsdpa

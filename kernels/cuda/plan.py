@@ -20,7 +20,7 @@ MAX_QUERY_LENGTH = 16
 _MODES = {"mxfp4": 2, "mxfp8": 3, "nvfp4": 4}
 _MASKS = {"none": 0, "causal": 1, "bool": 2, "additive": 3}
 _MOST_SPLITS = 31 * 8
-"""What the counters of a tile have room for (``TICKET_WORDS`` and ``MERGED`` in ``decode.cuh``)."""
+"""What the counters of a tile have room for (``TICKET_WORDS`` and ``MERGED`` in ``decode_merge.cuh``)."""
 _MOST_ROW_BLOCKS = 4
 _ACCUMULATORS = 512
 """Blocks of 8 query rows times value dimensions that the registers of a warp hold: more takes a team of warps."""
@@ -48,7 +48,7 @@ def format_mode(format: Format) -> int:
 
 
 def mask_kind(sig: Signature) -> int:
-    """The mask's number in ``decode.cuh``."""
+    """The mask's number in ``operands.cuh``."""
     return _MASKS[sig.mask]
 
 
@@ -158,7 +158,7 @@ def ideal_splits(tiles: int, slots: int) -> int:
 
 
 def shared_bytes(sig: Signature, rows: int, warps: int, stages: int, parts: int, team: int) -> int:
-    """Shared memory of a block: the sum that ``DecodeConfig`` in ``decode.cuh`` makes (and is checked against)."""
+    """Shared memory of a block: the sum that ``decode_config.cuh`` makes (and is checked against)."""
     size = sig.dtype.size
     terms = 2 if size == 4 else 1
     row_blocks = -(-rows // 8)

@@ -39,7 +39,11 @@ __all__ = [
 ]
 
 _COMMON = ("ptx.cuh", "formats.cuh", "tiles.cuh", "operands.cuh")
-DECODE_HEADERS = (*_COMMON, "decode.cuh")
+DECODE_HEADERS = (
+    *_COMMON, "decode_config.cuh", "decode_work.cuh", "decode_copies.cuh", "decode_queries.cuh",
+    "decode_query_operands.cuh", "decode_scores.cuh", "decode_logits.cuh", "decode_values.cuh", "decode_softmax.cuh",
+    "decode_merge.cuh", "decode.cuh",
+)  # fmt: skip
 _WARPGROUPS = (*_COMMON, "wgmma.cuh", "unpack.cuh", "softmax.cuh")
 MLA_HEADERS = (*_WARPGROUPS, "mla.cuh")
 PREFILL_HEADERS = (*_WARPGROUPS, "panels.cuh", "prefill.cuh")

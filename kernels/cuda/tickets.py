@@ -16,7 +16,7 @@ start: Callable[..., None] = mx.async_eval
 """Evaluate arrays without waiting for them."""
 
 _WORDS = 32
-"""Counters of a tile of rows (``TICKET_WORDS`` in ``decode.cuh``)."""
+"""Counters of a tile of rows (``TICKET_WORDS`` in ``decode_merge.cuh``)."""
 _AT_A_TIME = 128
 _free: dict[int, list[mx.array]] = {}
 
