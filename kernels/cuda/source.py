@@ -100,7 +100,7 @@ _OPERANDS = (
     "queries", "keys", "key_scales", "key_biases", "values", "value_scales", "value_biases", "mask", "sinks",
     "rope_queries", "rope_keys", "scale",
 )  # fmt: skip
-"""Members of ``DecodeArguments`` before the outputs, in order."""
+"""Members of ``DecodeArguments`` before the outputs, in order; the sinks' stride follows them."""
 
 _STACKED = {
     "keys": ("codes", 0), "values": ("codes", 1), "key_scales": ("all_scales", 0), "value_scales": ("all_scales", 1),
@@ -118,6 +118,10 @@ def _operand(member: str, inputs: list[str]) -> str:
     return f"qsdpa::view({member}, {member}_shape, {member}_strides)"
 
 
+def _sinks_stride(sig: Signature) -> str:
+    return "sinks_strides[0]" if sig.has_sinks else "0"
+
+
 def decode_body(name: str, plan: DecodePlan, mask_type: str, sink_type: str, *, stacked: bool = False) -> str:
     """The body of the decode kernel ``name``. ``mask_type`` and ``sink_type`` are CUDA types.
 
@@ -133,7 +137,9 @@ def decode_body(name: str, plan: DecodePlan, mask_type: str, sink_type: str, *, 
             return f"qsdpa::stacked(qsdpa::view({array}, {array}_shape, {array}_strides), {index}, {count})"
         return _operand(member, inputs)
 
-    arguments = ", ".join([*map(operand, _OPERANDS), "const_cast<uint32_t*>(tickets)", *DECODE_OUTPUTS])
+    operands = [operand(member) for member in _OPERANDS]
+    operands.insert(_OPERANDS.index("sinks") + 1, _sinks_stride(sig))
+    arguments = ", ".join([*operands, "const_cast<uint32_t*>(tickets)", *DECODE_OUTPUTS])
     parameters = ", ".join(
         (
             _TYPES[sig.dtype],
@@ -188,7 +194,7 @@ def mla_merge_inputs(sig: Signature) -> list[str]:
 
 def mla_merge_body(name: str, sig: Signature, sink_type: str) -> str:
     """The body of the kernel ``name`` that merges the splits."""
-    sinks = "sinks, sinks_strides[0]" if sig.has_sinks else "nullptr, 0"
+    sinks = f"sinks, {_sinks_stride(sig)}" if sig.has_sinks else "nullptr, 0"
     return (
         f"{_end_of_bounds(name)}"
         f"qsdpa::MlaMerger<{_TYPES[sig.dtype]}, {sig.key_dim}, {_format(sig.key_format, sig.key_scale_dtype)}, "
@@ -212,7 +218,7 @@ def prefill_body(name: str, plan: PrefillPlan, mask_type: str, sink_type: str) -
     sig = plan.signature
     inputs = prefill_inputs(sig)
     operands = [_operand(member, inputs) for member in _PREFILL_OPERANDS]
-    operands.insert(-1, "sinks_strides[0]" if sig.has_sinks else "0")
+    operands.insert(_PREFILL_OPERANDS.index("sinks") + 1, _sinks_stride(sig))
     parameters = ", ".join(
         (
             _TYPES[sig.dtype],

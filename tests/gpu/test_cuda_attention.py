@@ -323,3 +323,13 @@ def test_counters_are_made_anew_when_all_are_taken(monkeypatch: pytest.MonkeyPat
     mx.eval(results)
     assert all(mx.array_equal(result, results[0]).item() for result in results)
     assert relative_error(results[0], expected(call)) <= TOLERANCES[mx.float16]
+
+
+@pytest.mark.parametrize("length", [1, 40])
+def test_sinks_that_do_not_follow_each_other(length: int) -> None:
+    case = Case(seed=5, kv_heads=2, group=4, length=length, count=90, capacity=90, key_dim=256, value_dim=256)
+    call = build(replace(case, dtype=mx.float16, mask="causal", sinks=True))
+    assert call.sinks is not None
+    pairs = mx.stack([call.sinks, 100 + call.sinks], axis=1)
+    mx.eval(pairs)
+    _check(replace(call, sinks=pairs[:, 0]), "every other sink")
