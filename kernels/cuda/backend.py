@@ -12,10 +12,11 @@ import mlx.core as mx
 from qsdpa_patch.kernels.attention_call import AttentionCall, Signature
 from qsdpa_patch.kernels.backends import Declined
 from qsdpa_patch.kernels.cuda.decode import DecodeKernel, decode_kernel
+from qsdpa_patch.kernels.cuda.decode_plan import decode_plan
 from qsdpa_patch.kernels.cuda.device import device_limits
 from qsdpa_patch.kernels.cuda.mla import MlaKernel, mla_kernel
 from qsdpa_patch.kernels.cuda.mla_plan import mla_plan
-from qsdpa_patch.kernels.cuda.plan import MAX_QUERY_LENGTH, Unsupported, decode_plan
+from qsdpa_patch.kernels.cuda.planning import MAX_QUERY_LENGTH, Unsupported
 from qsdpa_patch.kernels.cuda.prefill import PrefillKernel, prefill_kernel
 from qsdpa_patch.kernels.cuda.prefill_plan import CHECKED_LENGTH, prefill_plan
 from qsdpa_patch.kernels.cuda.self_check import failure

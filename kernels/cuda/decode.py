@@ -9,7 +9,7 @@ from typing import cast
 import mlx.core as mx
 
 from qsdpa_patch.kernels.attention_call import AttentionCall
-from qsdpa_patch.kernels.cuda.plan import DecodePlan
+from qsdpa_patch.kernels.cuda.decode_plan import DecodePlan
 from qsdpa_patch.kernels.cuda.scales import device_scale
 from qsdpa_patch.kernels.cuda.source import DECODE_OUTPUTS, cuda_type, decode_body, decode_inputs, prologue
 from qsdpa_patch.kernels.cuda.tickets import take_tickets

@@ -7,7 +7,7 @@ from functools import lru_cache
 
 from qsdpa_patch.kernels.attention_call import Signature
 from qsdpa_patch.kernels.cuda.device import DeviceLimits
-from qsdpa_patch.kernels.cuda.plan import Unsupported, check_limits, ideal_splits
+from qsdpa_patch.kernels.cuda.planning import Unsupported, check_limits, ideal_splits
 from qsdpa_patch.kernels.cuda.warpgroups import TILE, check_warpgroup_operands
 
 __all__ = ["MlaPlan", "mla_plan"]

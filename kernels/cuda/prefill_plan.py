@@ -7,7 +7,7 @@ from functools import lru_cache
 
 from qsdpa_patch.kernels.attention_call import Signature
 from qsdpa_patch.kernels.cuda.device import DeviceLimits
-from qsdpa_patch.kernels.cuda.plan import MAX_QUERY_LENGTH, Unsupported
+from qsdpa_patch.kernels.cuda.planning import MAX_QUERY_LENGTH, Unsupported
 from qsdpa_patch.kernels.cuda.warpgroups import TILE, check_warpgroup_operands
 
 __all__ = ["CHECKED_LENGTH", "PrefillPlan", "prefill_plan"]

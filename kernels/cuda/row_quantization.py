@@ -7,8 +7,7 @@ from typing import cast
 
 import mlx.core as mx
 
-from qsdpa_patch.kernels.cuda.plan import format_mode
-from qsdpa_patch.kernels.cuda.source import cuda_type, headers
+from qsdpa_patch.kernels.cuda.source import cuda_type, format_mode, headers
 from qsdpa_patch.kernels.row_kernel import OUTPUTS, RowKernel, Rows, kernel_body
 
 __all__ = ["row_kernel"]

@@ -14,8 +14,8 @@ from pathlib import Path
 import mlx.core as mx
 
 from qsdpa_patch.kernels.attention_call import Signature
+from qsdpa_patch.kernels.cuda.decode_plan import DecodePlan
 from qsdpa_patch.kernels.cuda.mla_plan import MlaPlan
-from qsdpa_patch.kernels.cuda.plan import DecodePlan, format_mode, mask_kind
 from qsdpa_patch.kernels.cuda.prefill_plan import PrefillPlan
 from qsdpa_patch.kernels.format import Format
 
@@ -28,6 +28,7 @@ __all__ = [
     "cuda_type",
     "decode_body",
     "decode_inputs",
+    "format_mode",
     "headers",
     "mla_body",
     "mla_inputs",
@@ -48,6 +49,8 @@ _WARPGROUPS = (*_COMMON, "wgmma.cuh", "unpack.cuh", "softmax.cuh")
 MLA_HEADERS = (*_WARPGROUPS, "mla.cuh")
 PREFILL_HEADERS = (*_WARPGROUPS, "panels.cuh", "prefill.cuh")
 _TYPES = {mx.float16: "__half", mx.bfloat16: "__nv_bfloat16", mx.float32: "float", mx.uint8: "uint8_t"}
+_MODES = {"mxfp4": 2, "mxfp8": 3, "nvfp4": 4}
+_MASKS = {"none": 0, "causal": 1, "bool": 2, "additive": 3}
 
 DECODE_OUTPUTS = ["out", "partials"]
 
@@ -146,7 +149,7 @@ def decode_body(name: str, plan: DecodePlan, mask_type: str, sink_type: str, *, 
             f"{sig.key_dim}, {sig.value_dim}",
             _format(sig.key_format, sig.key_scale_dtype),
             _format(sig.value_format, sig.value_scale_dtype),
-            f"{plan.rows}, {mask_kind(sig)}, {mask_type}, {sink_type}, {sig.rope_dim}, {int(sig.shared_kv)}",
+            f"{plan.rows}, {_mask_kind(sig)}, {mask_type}, {sink_type}, {sig.rope_dim}, {int(sig.shared_kv)}",
             f"{plan.warps}, {plan.stages}, {plan.parts}, {plan.team}",
         )
     )
@@ -179,7 +182,7 @@ def mla_body(name: str, plan: MlaPlan, mask_type: str) -> str:
     return (
         f"{_end_of_bounds(name)}"
         f"using Config = qsdpa::MlaConfig<{_TYPES[sig.dtype]}, {sig.key_dim}, "
-        f"{_format(sig.key_format, sig.key_scale_dtype)}, {mask_kind(sig)}, {mask_type}, {plan.stages}>;\n"
+        f"{_format(sig.key_format, sig.key_scale_dtype)}, {_mask_kind(sig)}, {mask_type}, {plan.stages}>;\n"
         f'static_assert(Config::SHARED_BYTES == {plan.shared_bytes}, "the plan and the kernel disagree");\n'
         "extern __shared__ __align__(1024) char qsdpa_shared[];\n"
         f"const qsdpa::MlaArguments<Config> arguments{{{operands}, {', '.join(MLA_OUTPUTS)}}};\n"
@@ -225,7 +228,7 @@ def prefill_body(name: str, plan: PrefillPlan, mask_type: str, sink_type: str) -
             f"{sig.key_dim}, {sig.value_dim}",
             _format(sig.key_format, sig.key_scale_dtype),
             _format(sig.value_format, sig.value_scale_dtype),
-            f"{mask_kind(sig)}, {mask_type}, {sink_type}, {plan.key_stages}, {plan.value_stages}",
+            f"{_mask_kind(sig)}, {mask_type}, {sink_type}, {plan.key_stages}, {plan.value_stages}",
         )
     )
     return (
@@ -236,6 +239,18 @@ def prefill_body(name: str, plan: PrefillPlan, mask_type: str, sink_type: str) -
         f"const qsdpa::PrefillArguments<Config> arguments{{{', '.join(operands)}, out}};\n"
         "qsdpa::Prefiller<Config>(arguments, qsdpa_shared).run();\n"
     )
+
+
+def format_mode(format: Format) -> int:
+    """The format's number in ``formats.cuh``."""
+    if format.is_affine:
+        return 1 if format.symmetric else 0
+    return _MODES[format.mode]
+
+
+def _mask_kind(sig: Signature) -> int:
+    """The mask's number in ``operands.cuh``."""
+    return _MASKS[sig.mask]
 
 
 def cuda_type(dtype: mx.Dtype) -> str:

@@ -6,7 +6,7 @@ import mlx.core as mx
 
 from qsdpa_patch.kernels.attention_call import Signature
 from qsdpa_patch.kernels.cuda.device import DeviceLimits
-from qsdpa_patch.kernels.cuda.plan import Unsupported
+from qsdpa_patch.kernels.cuda.planning import Unsupported
 
 __all__ = ["TILE", "check_warpgroup_operands"]
 

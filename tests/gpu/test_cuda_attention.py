@@ -13,8 +13,8 @@ import pytest
 from qsdpa_patch.kernels.attention_call import AttentionCall, RopeTerm, check_call
 from qsdpa_patch.kernels.cuda import backend, tickets
 from qsdpa_patch.kernels.cuda.decode import DecodeKernel
+from qsdpa_patch.kernels.cuda.decode_plan import decode_plan
 from qsdpa_patch.kernels.cuda.device import HOPPER, DeviceLimits, device_limits
-from qsdpa_patch.kernels.cuda.plan import decode_plan
 from qsdpa_patch.kernels.format import FLOAT_FORMATS, Format
 from qsdpa_patch.kernels.quantized_tensor import PackedStack, QuantizedTensor, quantize, stack_parts
 from tests.attention_cases import (

@@ -13,10 +13,10 @@ import mlx.core as mx
 import pytest
 
 from qsdpa_patch.kernels.cuda.decode import DecodeKernel
+from qsdpa_patch.kernels.cuda.decode_plan import decode_plan
 from qsdpa_patch.kernels.cuda.device import HOPPER, DeviceLimits
 from qsdpa_patch.kernels.cuda.mla import MlaKernel
 from qsdpa_patch.kernels.cuda.mla_plan import mla_plan
-from qsdpa_patch.kernels.cuda.plan import decode_plan
 from qsdpa_patch.kernels.cuda.prefill import PrefillKernel
 from qsdpa_patch.kernels.cuda.prefill_plan import prefill_plan
 from qsdpa_patch.kernels.cuda.row_quantization import row_kernel

@@ -12,9 +12,10 @@ import pytest
 from qsdpa_patch.kernels.attention_call import Signature, check_call
 from qsdpa_patch.kernels.cuda import backend
 from qsdpa_patch.kernels.cuda.decode import DecodeKernel
+from qsdpa_patch.kernels.cuda.decode_plan import DecodePlan, decode_plan
 from qsdpa_patch.kernels.cuda.device import HOPPER, DeviceLimits
 from qsdpa_patch.kernels.cuda.mla_plan import mla_plan
-from qsdpa_patch.kernels.cuda.plan import DecodePlan, Unsupported, decode_plan
+from qsdpa_patch.kernels.cuda.planning import Unsupported
 from qsdpa_patch.kernels.cuda.prefill import PrefillKernel, prefill_kernel
 from qsdpa_patch.kernels.cuda.prefill_plan import prefill_plan
 from qsdpa_patch.kernels.cuda.source import (

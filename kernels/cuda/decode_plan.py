@@ -1,4 +1,4 @@
-"""Launch plans of the CUDA kernels: what a kernel is specialized on, its shared memory, and how the keys are split."""
+"""Launch plans of the decode kernel: what it is specialized on, its shared memory, and how the keys are split."""
 
 from __future__ import annotations
 
@@ -9,16 +9,13 @@ import mlx.core as mx
 
 from qsdpa_patch.kernels.attention_call import Signature
 from qsdpa_patch.kernels.cuda.device import DeviceLimits
+from qsdpa_patch.kernels.cuda.planning import Unsupported, check_limits, ideal_splits
 from qsdpa_patch.kernels.format import Format
 
-__all__ = ["DecodePlan", "Unsupported", "decode_plan"]
+__all__ = ["DecodePlan", "decode_plan"]
 
 PART = 16
-"""Keys that are the rows of one matrix operand; a tile is one or two such parts."""
-
-MAX_QUERY_LENGTH = 16
-_MODES = {"mxfp4": 2, "mxfp8": 3, "nvfp4": 4}
-_MASKS = {"none": 0, "causal": 1, "bool": 2, "additive": 3}
+"""Keys that are the rows of one matrix operand; a tile is one, two or four such parts."""
 _MOST_SPLITS = 31 * 8
 """What the counters of a tile have room for (``TICKET_WORDS`` and ``MERGED`` in ``decode_merge.cuh``)."""
 _MOST_ROW_BLOCKS = 4
@@ -34,22 +31,6 @@ all shapes. Sixteen warps and tiles of four parts are for rows and dimensions th
 """
 _LIGHT = 128
 """Blocks of 8 query rows over dimensions up to which a thread does with 128 registers."""
-
-
-class Unsupported(Exception):
-    """No kernel takes this signature; the argument says why."""
-
-
-def format_mode(format: Format) -> int:
-    """The format's number in ``formats.cuh``."""
-    if format.is_affine:
-        return 1 if format.symmetric else 0
-    return _MODES[format.mode]
-
-
-def mask_kind(sig: Signature) -> int:
-    """The mask's number in ``operands.cuh``."""
-    return _MASKS[sig.mask]
 
 
 @dataclass(frozen=True)
@@ -122,17 +103,6 @@ def _fitting_plan(sig: Signature, limits: DeviceLimits, rows: int, row_tiles: in
     return None
 
 
-def check_limits(sig: Signature) -> None:
-    """Raise :class:`Unsupported` for what no kernel takes."""
-    if sig.query_length > MAX_QUERY_LENGTH:
-        raise Unsupported(f"query length {sig.query_length}: the fused kernel takes up to {MAX_QUERY_LENGTH}")
-    for name, dim in (("key", sig.key_dim), ("value", sig.value_dim)):
-        if dim % 32 or not 32 <= dim <= 512:
-            raise Unsupported(f"{name} dimension {dim}: the fused kernel takes multiples of 32 from 32 to 512")
-    if sig.rope_dim % 16 or sig.rope_dim > 128:
-        raise Unsupported(f"rope dimension {sig.rope_dim}: the fused kernel takes multiples of 16 up to 128")
-
-
 def _team(sig: Signature, row_blocks: int) -> int:
     """Warps of a team: the fewest (of 1, 2, 4) whose registers hold ``row_blocks`` of accumulators, or the most."""
     team = 1
@@ -148,13 +118,6 @@ def _divides(sig: Signature, team: int) -> bool:
 
 def _halves(sig: Signature) -> tuple[tuple[Format, int], tuple[Format, int]]:
     return (sig.key_format, sig.key_dim), (sig.value_format, sig.value_dim)
-
-
-def ideal_splits(tiles: int, slots: int) -> int:
-    """Thread blocks a tile of rows such that all blocks fill whole waves of the device's ``slots``."""
-    if tiles <= slots // 2:
-        return slots // tiles
-    return min(range(1, 9), key=lambda s: (-(-tiles * s // slots) / s * (1 + 0.01 * s), s))
 
 
 def shared_bytes(sig: Signature, rows: int, warps: int, stages: int, parts: int, team: int) -> int:
