@@ -16,6 +16,7 @@ from qsdpa_patch.kernels.metal import backend, first_use, plan
 from qsdpa_patch.kernels.quantized_tensor import quantize
 from tests import attention_cases as cases
 from tests.attention_cases import Case
+from tests.metal.broken_kernels import failing_kernels, wrong_kernels
 from tests.metal.emulated_backend import EmulatedBackend
 
 CASE = Case(seed=1, group=3, count=40, capacity=50)
@@ -77,24 +78,8 @@ def test_the_first_use_of_a_family_is_checked_once(metal: EmulatedBackend) -> No
     assert len(metal.costs) == launches
 
 
-def _wrong_kernels(**options: Any) -> Callable[..., list[mx.array]]:
-    """Kernels that compute zeros."""
-
-    def call(**launch: Any) -> list[mx.array]:
-        return [mx.zeros(s, d) for s, d in zip(launch["output_shapes"], launch["output_dtypes"])]
-
-    return call
-
-
-def _failing_kernels(**options: Any) -> Callable[..., list[mx.array]]:
-    def call(**launch: Any) -> list[mx.array]:
-        raise RuntimeError("[metal::Device] Unable to build metal library from source")
-
-    return call
-
-
 @pytest.mark.parametrize(
-    ("kernels", "reason"), [(_wrong_kernels, "wrong here by 1.0e"), (_failing_kernels, "Unable to build metal library")]
+    ("kernels", "reason"), [(wrong_kernels, "wrong here by 1.0e"), (failing_kernels, "Unable to build metal library")]
 )
 def test_a_kernel_that_is_wrong_or_does_not_compile_is_refused_with_one_warning(
     metal: EmulatedBackend, monkeypatch: pytest.MonkeyPatch, kernels: Callable[..., Any], reason: str

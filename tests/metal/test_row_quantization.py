@@ -18,6 +18,7 @@ from qsdpa_patch.kernels.metal import backend
 from qsdpa_patch.kernels.quantized_tensor import quantize_parts, stack_parts
 from qsdpa_patch.kernels.row_kernel import Rows
 from qsdpa_patch.kernels.row_quantization import has_row_kernel, quantize_rows
+from tests.metal.broken_kernels import failing_kernels, wrong_kernels
 from tests.metal.emulated_backend import emulated_row_quantization
 from tests.metal.emulator import Cost, missing_tools
 
@@ -124,22 +125,6 @@ def test_one_launch_that_reads_and_writes_each_byte_once(costs: list[Cost], coun
     assert cost.buffers["scales"].store_bytes == scales.nbytes
 
 
-def _wrong_kernels(**options: Any) -> Callable[..., list[mx.array]]:
-    """Kernels that give zeros."""
-
-    def call(**launch: Any) -> list[mx.array]:
-        return [mx.zeros(s, d) for s, d in zip(launch["output_shapes"], launch["output_dtypes"])]
-
-    return call
-
-
-def _failing_kernels(**options: Any) -> Callable[..., list[mx.array]]:
-    def call(**launch: Any) -> list[mx.array]:
-        raise RuntimeError("[metal::Device] Unable to build metal library from source")
-
-    return call
-
-
 def _refused_kernels(**options: Any) -> Callable[..., list[mx.array]]:
     def call(**launch: Any) -> list[mx.array]:
         raise ValueError("Thread group size (128) is greater than the maximum allowed threads per threadgroup")
@@ -150,8 +135,8 @@ def _refused_kernels(**options: Any) -> Callable[..., list[mx.array]]:
 @pytest.mark.parametrize(
     ("kernels", "reason"),
     [
-        (_wrong_kernels, "bytes differ"),
-        (_failing_kernels, "Unable to build metal library"),
+        (wrong_kernels, "bytes differ"),
+        (failing_kernels, "Unable to build metal library"),
         (_refused_kernels, "maximum allowed threads"),
     ],
 )
