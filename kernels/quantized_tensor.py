@@ -15,7 +15,15 @@ import mlx.core as mx
 from qsdpa_patch.kernels.format import Format
 from qsdpa_patch.kernels.rotation import rotate
 
-__all__ = ["PackedStack", "QuantizedTensor", "dequantize_parts", "quantize", "quantize_parts", "stack_parts"]
+__all__ = [
+    "PackedStack",
+    "QuantizedTensor",
+    "dequantize_parts",
+    "quantize",
+    "quantize_parts",
+    "stack_alike",
+    "stack_parts",
+]
 
 _SCALE_DTYPES = (mx.float16, mx.bfloat16, mx.float32)
 
@@ -213,6 +221,15 @@ def stack_parts(tensors: Sequence[Sequence[mx.array]]) -> list[mx.array]:
     codes, *others = zip(*tensors, strict=True)
     scales = [part for kind in others for part in kind]
     return [mx.concatenate(list(x), axis=1) if len(x) > 1 else x[0] for x in (codes, scales)]
+
+
+def stack_alike(keys: QuantizedTensor, values: QuantizedTensor) -> tuple[QuantizedTensor, QuantizedTensor] | None:
+    """The same keys and values in one :class:`PackedStack`, as a cache has them; ``None`` where they are not alike."""
+    if (keys.format, keys.dim, keys.scale_dtype) != (values.format, values.dim, values.scale_dtype):
+        return None
+    codes, scales = stack_parts([keys.parts, values.parts])
+    keys, values = PackedStack(codes, scales, 2, keys.format, dim=keys.dim, dtype=keys.dtype).tensors()
+    return keys, values
 
 
 def _logical(stored: mx.array, format: Format, dim: int) -> mx.array:

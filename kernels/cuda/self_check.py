@@ -13,7 +13,7 @@ from qsdpa_patch.kernels.cuda.decode import DecodeKernel
 from qsdpa_patch.kernels.cuda.mla import MlaKernel
 from qsdpa_patch.kernels.cuda.prefill import PrefillKernel
 from qsdpa_patch.kernels.format import Format
-from qsdpa_patch.kernels.quantized_tensor import PackedStack, QuantizedTensor, quantize_parts, stack_parts
+from qsdpa_patch.kernels.quantized_tensor import QuantizedTensor, quantize_parts, stack_alike
 
 __all__ = ["failure"]
 
@@ -72,11 +72,7 @@ def _random_tensors(sig: Signature, count: int) -> tuple[QuantizedTensor, Quanti
     if sig.shared_kv:
         return keys, keys
     values = _random_tensor(sig, sig.value_dim, sig.value_format, sig.value_scale_dtype, count)
-    if (keys.format, keys.dim, keys.scale_dtype) != (values.format, values.dim, values.scale_dtype):
-        return keys, values
-    codes, scales = stack_parts([keys.parts, values.parts])
-    keys, values = PackedStack(codes, scales, 2, keys.format, dim=keys.dim, dtype=sig.dtype).tensors()
-    return keys, values
+    return stack_alike(keys, values) or (keys, values)
 
 
 def _random_tensor(sig: Signature, dim: int, format: Format, scale_dtype: mx.Dtype, count: int) -> QuantizedTensor:

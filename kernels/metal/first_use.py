@@ -17,7 +17,7 @@ from qsdpa_patch.kernels import reference
 from qsdpa_patch.kernels.attention_call import AttentionCall, RopeTerm, Signature, check_call
 from qsdpa_patch.kernels.format import Format
 from qsdpa_patch.kernels.metal.plan import KEYS_PER_SPLIT, Family, family_of
-from qsdpa_patch.kernels.quantized_tensor import PackedStack, QuantizedTensor, quantize, stack_parts
+from qsdpa_patch.kernels.quantized_tensor import QuantizedTensor, quantize, stack_alike
 
 __all__ = ["check"]
 
@@ -97,9 +97,5 @@ def _small_call(sig: Signature, count: int) -> AttentionCall:
 
 def _stacked(call: AttentionCall) -> AttentionCall | None:
     """``call`` with keys and values in two arrays, as they come from a cache; ``None`` where they are not alike."""
-    keys, values = call.keys, call.values
-    if keys is values or (keys.format, keys.dim, keys.scale_dtype) != (values.format, values.dim, values.scale_dtype):
-        return None
-    codes, scales = stack_parts([keys.parts, values.parts])
-    keys, values = PackedStack(codes, scales, 2, keys.format, dim=keys.dim, dtype=keys.dtype).tensors()
-    return replace(call, keys=keys, values=values)
+    pair = None if call.keys is call.values else stack_alike(call.keys, call.values)
+    return None if pair is None else replace(call, keys=pair[0], values=pair[1])

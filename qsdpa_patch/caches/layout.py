@@ -25,7 +25,8 @@ class Layout:
     values: Codec
 
     @cached_property
-    def _shared(self) -> bool:
+    def shared(self) -> bool:
+        """Whether keys and values are in the same buffers."""
         return self.keys == self.values and isinstance(self.keys, QuantizingCodec)
 
     def encode(self, keys: mx.array, values: mx.array) -> Rows:
@@ -43,13 +44,13 @@ class Layout:
             raise ValueError(
                 f"new keys {tuple(keys.shape)} and values {tuple(values.shape)} differ in batch, heads or count"
             )
-        if self._shared:
+        if self.shared:
             return self.keys.encode([keys, values])
         return self.keys.encode([keys]) + self.values.encode([values])
 
     def decode(self, rows: Rows) -> tuple[mx.array, mx.array]:
         """Stored rows as attention gets them: a :class:`QuantizedTensor` each, or plain rows."""
-        if self._shared:
+        if self.shared:
             keys, values = self.keys.decode(rows, 2)
         else:
             split = self.keys.buffers
@@ -58,10 +59,10 @@ class Layout:
 
     def check(self, rows: Rows) -> None:
         """Raise ValueError unless ``rows`` are stored so."""
-        buffers = 2 if self._shared else self.keys.buffers + self.values.buffers
+        buffers = 2 if self.shared else self.keys.buffers + self.values.buffers
         if len(rows) != buffers:
             raise ValueError(f"{len(rows)} buffers in place of {buffers}")
-        if self._shared:
+        if self.shared:
             self.keys.check(rows, 2)
         else:
             split = self.keys.buffers

@@ -84,7 +84,7 @@ class QuantizedKVCache(QuantizedCache):
                 for format, parts in ((self.key_format, keys), (self.value_format, values))
             )
         )
-        if layout.keys == layout.values:
+        if layout.shared:
             self.rows = _repack([keys, values], stored, layout.keys)
         else:
             self.rows = _repack([keys], stored, layout.keys) + _repack([values], stored, layout.values)
