@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
-from typing import cast
 
 import mlx.core as mx
 
 from qsdpa_patch.kernels.attention_call import AttentionCall
+from qsdpa_patch.kernels.cuda.custom_kernel import CustomKernel, custom_kernel
 from qsdpa_patch.kernels.cuda.decode_plan import DecodePlan
 from qsdpa_patch.kernels.cuda.scales import device_scale
 from qsdpa_patch.kernels.cuda.source import DECODE_OUTPUTS, cuda_type, decode_body, decode_inputs, prologue
@@ -17,7 +16,6 @@ from qsdpa_patch.kernels.cuda.tickets import take_tickets
 __all__ = ["DecodeKernel", "decode_kernel"]
 
 _NAME = "qsdpa_decode"
-_Kernel = Callable[..., list[mx.array]]
 
 
 @cache
@@ -39,7 +37,7 @@ class DecodeKernel:
         self._row_tiles = sig.kv_heads * plan.row_tiles
         self._tiles = sig.batch * self._row_tiles
         self._dtypes = [sig.dtype, mx.float32]
-        self._variants: dict[tuple[mx.Dtype | None, mx.Dtype | None, bool], _Kernel] = {}
+        self._variants: dict[tuple[mx.Dtype | None, mx.Dtype | None, bool], CustomKernel] = {}
         self._launches: dict[int, dict[str, object]] = {}
 
     def __call__(self, call: AttentionCall) -> mx.array:
@@ -78,23 +76,19 @@ class DecodeKernel:
             }
         return launch
 
-    def _variant(self, mask: mx.array | None, sinks: mx.array | None, stacked: bool) -> _Kernel:
+    def _variant(self, mask: mx.array | None, sinks: mx.array | None, stacked: bool) -> CustomKernel:
         """The kernel for what a signature leaves open: the dtypes of mask and sinks, and how keys and values come."""
         key = (None if mask is None else mask.dtype, None if sinks is None else sinks.dtype, stacked)
         kernel = self._variants.get(key)
         if kernel is None:
             plan = self.plan
             mask_type, sink_type = (cuda_type(dtype or mx.float32) for dtype in key[:2])
-            kernel = self._variants[key] = cast(
-                _Kernel,
-                mx.fast.cuda_kernel(
-                    name=_NAME,
-                    input_names=decode_inputs(plan.signature, stacked),
-                    output_names=DECODE_OUTPUTS,
-                    source=decode_body(_NAME, plan, mask_type, sink_type, stacked=stacked),
-                    header=prologue(_NAME, plan.threads),
-                    ensure_row_contiguous=False,
-                    shared_memory=plan.shared_bytes,
-                ),
+            kernel = self._variants[key] = custom_kernel(
+                _NAME,
+                decode_inputs(plan.signature, stacked),
+                DECODE_OUTPUTS,
+                decode_body(_NAME, plan, mask_type, sink_type, stacked=stacked),
+                prologue(_NAME, plan.threads),
+                plan.shared_bytes,
             )
         return kernel

@@ -91,7 +91,7 @@ struct DecodeArguments {
   View<typename C::V::Scale> value_scales, value_biases;
   View<typename C::MaskT> mask;
   const typename C::SinkT* sinks;
-  i64 sinks_stride;
+  i64 sink_stride;
   View<T> rope_queries, rope_keys;
   const float* scale;
   u32* tickets;

@@ -139,7 +139,7 @@ class Merger {
   // A sink is one more logit, of a key without a value.
   __device__ __forceinline__ void add_sink(int row, float peak, float& total, float4& x) const {
     if (a.sinks == nullptr) return;
-    const float sink = to_float(a.sinks[work.head_and_position(row).x * a.sinks_stride]) * LOG2E;
+    const float sink = to_float(a.sinks[work.head_and_position(row).x * a.sink_stride]) * LOG2E;
     const float higher = fmaxf(peak, sink), f = exp2_fast(peak - higher);
     total = total * f + exp2_fast(sink - higher);
     x = {x.x * f, x.y * f, x.z * f, x.w * f};

@@ -320,15 +320,8 @@ class MlaDecoder {
   __device__ __forceinline__ void mask(float (&s)[8][4], int first) const {
     const int last = C::MASK == CAUSAL ? count - length : count - 1;  // the last key that every row sees
     const bool ends = first + TILE_ROWS - 1 > last;
-    if (C::MASK != BOOLEAN && C::MASK != ADDITIVE && !ends) return;
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int2 at = head_and_position(16 * warp + lane / 4 + 8 * h);
-      if constexpr (C::MASK == BOOLEAN || C::MASK == ADDITIVE)
-        apply_mask<C::MASK>(s, h, a.mask.data + a.mask.offset(batch, at.x, at.y),
-                            a.mask.shape[3] > 1 ? a.mask.strides[3] : 0, first, count);
-      if (ends) exclude_after(s, h, C::MASK == CAUSAL ? last + at.y : last, first);
-    }
+    mask_scores<C::MASK>(s, a.mask, batch, first, count, length, ends,
+                         [&](int h) { return head_and_position(16 * warp + lane / 4 + 8 * h); });
   }
 
   // Probabilities and factors from the left's threads to the right's, of the same number.

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
-from typing import cast
 
 import mlx.core as mx
 
 from qsdpa_patch.kernels.attention_call import AttentionCall
+from qsdpa_patch.kernels.cuda.custom_kernel import CustomKernel, custom_kernel
 from qsdpa_patch.kernels.cuda.mla_plan import MlaPlan
 from qsdpa_patch.kernels.cuda.scales import device_scale
 from qsdpa_patch.kernels.cuda.source import (
@@ -27,7 +26,6 @@ __all__ = ["MlaKernel", "mla_kernel"]
 _NAME = "qsdpa_mla"
 _MERGE_NAME = "qsdpa_mla_merge"
 _MERGE_THREADS = 128
-_Kernel = Callable[..., list[mx.array]]
 
 
 @cache
@@ -47,8 +45,8 @@ class MlaKernel:
         sig = plan.signature
         self.source = mla_body(_NAME, plan, "float") + mla_merge_body(_MERGE_NAME, sig, "float")
         self._out_shape = (sig.batch, sig.query_heads, sig.query_length, sig.value_dim)
-        self._attention: dict[mx.Dtype | None, _Kernel] = {}
-        self._merge: dict[mx.Dtype | None, _Kernel] = {}
+        self._attention: dict[mx.Dtype | None, CustomKernel] = {}
+        self._merge: dict[mx.Dtype | None, CustomKernel] = {}
 
     def __call__(self, call: AttentionCall) -> mx.array:
         """Attention ``[B, Hq, L, R]`` of ``call``, lazy."""
@@ -76,32 +74,28 @@ class MlaKernel:
             output_dtypes=[sig.dtype],
         )[0]
 
-    def _attention_kernel(self, mask_dtype: mx.Dtype | None) -> _Kernel:
+    def _attention_kernel(self, mask_dtype: mx.Dtype | None) -> CustomKernel:
         """The kernel for the dtype of this call's mask, which a signature leaves open."""
         if mask_dtype not in self._attention:
             plan = self.plan
-            kernel = mx.fast.cuda_kernel(
-                name=_NAME,
-                input_names=mla_inputs(plan.signature),
-                output_names=MLA_OUTPUTS,
-                source=mla_body(_NAME, plan, cuda_type(mask_dtype or mx.float32)),
-                header=prologue(_NAME, plan.threads, MLA_HEADERS),
-                ensure_row_contiguous=False,
-                shared_memory=plan.shared_bytes,
+            self._attention[mask_dtype] = custom_kernel(
+                _NAME,
+                mla_inputs(plan.signature),
+                MLA_OUTPUTS,
+                mla_body(_NAME, plan, cuda_type(mask_dtype or mx.float32)),
+                prologue(_NAME, plan.threads, MLA_HEADERS),
+                plan.shared_bytes,
             )
-            self._attention[mask_dtype] = cast(_Kernel, kernel)
         return self._attention[mask_dtype]
 
-    def _merge_kernel(self, sink_dtype: mx.Dtype | None) -> _Kernel:
+    def _merge_kernel(self, sink_dtype: mx.Dtype | None) -> CustomKernel:
         if sink_dtype not in self._merge:
             sig = self.plan.signature
-            kernel = mx.fast.cuda_kernel(
-                name=_MERGE_NAME,
-                input_names=mla_merge_inputs(sig),
-                output_names=["out"],
-                source=mla_merge_body(_MERGE_NAME, sig, cuda_type(sink_dtype or mx.float32)),
-                header=prologue(_MERGE_NAME, _MERGE_THREADS, MLA_HEADERS),
-                ensure_row_contiguous=False,
+            self._merge[sink_dtype] = custom_kernel(
+                _MERGE_NAME,
+                mla_merge_inputs(sig),
+                ["out"],
+                mla_merge_body(_MERGE_NAME, sig, cuda_type(sink_dtype or mx.float32)),
+                prologue(_MERGE_NAME, _MERGE_THREADS, MLA_HEADERS),
             )
-            self._merge[sink_dtype] = cast(_Kernel, kernel)
         return self._merge[sink_dtype]

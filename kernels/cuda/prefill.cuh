@@ -289,15 +289,8 @@ class Prefiller {
     // The last key that every row of this consumer sees.
     const int last = C::MASK == CAUSAL ? count - length + (first_row + part * TILE_ROWS) / heads : count - 1;
     const bool ends = first + TILE_ROWS - 1 > min(last, count - 1);
-    if (C::MASK != BOOLEAN && C::MASK != ADDITIVE && !ends) return;
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int2 at = head_and_position(16 * warp + lane / 4 + 8 * h);
-      if constexpr (C::MASK == BOOLEAN || C::MASK == ADDITIVE)
-        apply_mask<C::MASK>(s, h, a.mask.data + a.mask.offset(batch, at.x, at.y),
-                            a.mask.shape[3] > 1 ? a.mask.strides[3] : 0, first, count);
-      if (ends) exclude_after(s, h, C::MASK == CAUSAL ? count - length + at.y : count - 1, first);
-    }
+    mask_scores<C::MASK>(s, a.mask, batch, first, count, length, ends,
+                         [&](int h) { return head_and_position(16 * warp + lane / 4 + 8 * h); });
   }
 
   __device__ __forceinline__ void store(const float (&o)[8 * C::OUT_PANELS][4], const RunningSoftmax& softmax) const {

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
-from typing import cast
 
 import mlx.core as mx
 
 from qsdpa_patch.kernels.attention_call import AttentionCall
+from qsdpa_patch.kernels.cuda.custom_kernel import CustomKernel, custom_kernel
 from qsdpa_patch.kernels.cuda.prefill_plan import PrefillPlan
 from qsdpa_patch.kernels.cuda.scales import device_scale
 from qsdpa_patch.kernels.cuda.source import PREFILL_HEADERS, cuda_type, prefill_body, prefill_inputs, prologue
@@ -16,7 +15,6 @@ from qsdpa_patch.kernels.cuda.source import PREFILL_HEADERS, cuda_type, prefill_
 __all__ = ["PrefillKernel", "prefill_kernel"]
 
 _NAME = "qsdpa_prefill"
-_Kernel = Callable[..., list[mx.array]]
 
 
 @cache
@@ -36,7 +34,7 @@ class PrefillKernel:
         self.source = prefill_body(_NAME, plan, "float", "float")
         sig = plan.signature
         self._out_shape = (sig.batch, sig.query_heads, sig.query_length, sig.value_dim)
-        self._variants: dict[tuple[mx.Dtype | None, mx.Dtype | None], _Kernel] = {}
+        self._variants: dict[tuple[mx.Dtype | None, mx.Dtype | None], CustomKernel] = {}
 
     def __call__(self, call: AttentionCall) -> mx.array:
         """Attention ``[B, Hq, L, Dv]`` of ``call``, lazy."""
@@ -58,20 +56,18 @@ class PrefillKernel:
             output_dtypes=[sig.dtype],
         )[0]
 
-    def _variant(self, mask: mx.array | None, sinks: mx.array | None) -> _Kernel:
+    def _variant(self, mask: mx.array | None, sinks: mx.array | None) -> CustomKernel:
         """The kernel for the dtypes of this call's mask and sinks, which a signature leaves open."""
         key = (None if mask is None else mask.dtype, None if sinks is None else sinks.dtype)
         if key not in self._variants:
             plan = self.plan
             mask_type, sink_type = (cuda_type(dtype or mx.float32) for dtype in key)
-            kernel = mx.fast.cuda_kernel(
-                name=_NAME,
-                input_names=prefill_inputs(plan.signature),
-                output_names=["out"],
-                source=prefill_body(_NAME, plan, mask_type, sink_type),
-                header=prologue(_NAME, plan.threads, PREFILL_HEADERS),
-                ensure_row_contiguous=False,
-                shared_memory=plan.shared_bytes,
+            self._variants[key] = custom_kernel(
+                _NAME,
+                prefill_inputs(plan.signature),
+                ["out"],
+                prefill_body(_NAME, plan, mask_type, sink_type),
+                prologue(_NAME, plan.threads, PREFILL_HEADERS),
+                plan.shared_bytes,
             )
-            self._variants[key] = cast(_Kernel, kernel)
         return self._variants[key]

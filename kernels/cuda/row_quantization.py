@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import cast
 
-import mlx.core as mx
-
+from qsdpa_patch.kernels.cuda.custom_kernel import custom_kernel
 from qsdpa_patch.kernels.cuda.source import cuda_type, format_mode, headers
 from qsdpa_patch.kernels.row_kernel import OUTPUTS, RowKernel, Rows, kernel_body
 
@@ -19,12 +17,5 @@ _THREAD = "blockIdx.x * blockDim.x + threadIdx.x"
 def row_kernel(rows: Rows) -> RowKernel:
     """The kernel for ``rows``, compiled by MLX when a result of it is first evaluated."""
     body = kernel_body(rows, cuda_type(rows.dtype), format_mode(rows.format), _THREAD)
-    kernel = mx.fast.cuda_kernel(
-        name="qsdpa_quantize_rows",
-        input_names=list(rows.inputs),
-        output_names=list(OUTPUTS),
-        header=headers(("row_quantization.cuh",)),
-        source=f"using namespace qsdpa;\n{body}",
-        ensure_row_contiguous=False,
-    )
-    return cast(RowKernel, kernel)
+    header = headers(("row_quantization.cuh",))
+    return custom_kernel("qsdpa_quantize_rows", rows.inputs, OUTPUTS, f"using namespace qsdpa;\n{body}", header)

@@ -99,4 +99,20 @@ __device__ __forceinline__ void exclude_after(float (&s)[8][4], int h, int last,
       if (first + 8 * n + static_cast<int>(threadIdx.x) % 4 * 2 + y > last) s[n][2 * h + y] = minus_infinity();
 }
 
+// The mask and the end of `count` keys, on scores of the 64 keys from `first` on. ends: some row does not see them all.
+// length: query positions. at(h): query head and position of the lane's row h.
+template <int MASK, typename MaskT, typename At>
+__device__ __forceinline__ void mask_scores(float (&s)[8][4], const View<MaskT>& mask, int batch, int first, int count,
+                                            int length, bool ends, At at) {
+  if (MASK != BOOLEAN && MASK != ADDITIVE && !ends) return;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int2 row = at(h);
+    if constexpr (MASK == BOOLEAN || MASK == ADDITIVE)
+      apply_mask<MASK>(s, h, mask.data + mask.offset(batch, row.x, row.y), mask.shape[3] > 1 ? mask.strides[3] : 0,
+                       first, count);
+    if (ends) exclude_after(s, h, MASK == CAUSAL ? count - length + row.y : count - 1, first);
+  }
+}
+
 }  // namespace qsdpa

@@ -121,7 +121,7 @@ def _operand(member: str, inputs: list[str]) -> str:
     return f"qsdpa::view({member}, {member}_shape, {member}_strides)"
 
 
-def _sinks_stride(sig: Signature) -> str:
+def _sink_stride(sig: Signature) -> str:
     return "sinks_strides[0]" if sig.has_sinks else "0"
 
 
@@ -141,7 +141,7 @@ def decode_body(name: str, plan: DecodePlan, mask_type: str, sink_type: str, *, 
         return _operand(member, inputs)
 
     operands = [operand(member) for member in _OPERANDS]
-    operands.insert(_OPERANDS.index("sinks") + 1, _sinks_stride(sig))
+    operands.insert(_OPERANDS.index("sinks") + 1, _sink_stride(sig))
     arguments = ", ".join([*operands, "const_cast<uint32_t*>(tickets)", *DECODE_OUTPUTS])
     parameters = ", ".join(
         (
@@ -197,7 +197,7 @@ def mla_merge_inputs(sig: Signature) -> list[str]:
 
 def mla_merge_body(name: str, sig: Signature, sink_type: str) -> str:
     """The body of the kernel ``name`` that merges the splits."""
-    sinks = f"sinks, {_sinks_stride(sig)}" if sig.has_sinks else "nullptr, 0"
+    sinks = f"sinks, {_sink_stride(sig)}" if sig.has_sinks else "nullptr, 0"
     return (
         f"{_end_of_bounds(name)}"
         f"qsdpa::MlaMerger<{_TYPES[sig.dtype]}, {sig.key_dim}, {_format(sig.key_format, sig.key_scale_dtype)}, "
@@ -221,7 +221,7 @@ def prefill_body(name: str, plan: PrefillPlan, mask_type: str, sink_type: str) -
     sig = plan.signature
     inputs = prefill_inputs(sig)
     operands = [_operand(member, inputs) for member in _PREFILL_OPERANDS]
-    operands.insert(_PREFILL_OPERANDS.index("sinks") + 1, _sinks_stride(sig))
+    operands.insert(_PREFILL_OPERANDS.index("sinks") + 1, _sink_stride(sig))
     parameters = ", ".join(
         (
             _TYPES[sig.dtype],
