@@ -7,6 +7,7 @@ values are slices of larger buffers, as a cache hands them out) and :func:`expec
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
@@ -182,6 +183,20 @@ def relative_error(actual: mx.array, wanted: mx.array) -> float:
             return float("inf")
         peak, worst = float(mx.abs(wanted).max()), float(error.max())
         return worst / peak if peak else worst
+
+
+def check_queries_that_are_not_finite(attend: Callable[[AttentionCall], mx.array], call: AttentionCall) -> None:
+    """NaN or an infinity in a query row leaves nothing finite in its own row of the output, and touches no other."""
+    wanted = expected(call)
+    others = mx.arange(wanted.size // wanted.shape[-1]) != 1
+    for value in (mx.nan, mx.inf):
+        rows = mx.flatten(call.queries, 0, 2)
+        rows[1, 5] = value
+        out = mx.flatten(attend(replace(call, queries=rows.reshape(call.queries.shape))), 0, 2)
+        with mx.stream(mx.cpu):
+            assert not mx.isfinite(out[1]).any().item(), f"{value} in a query row is lost"
+            rest = [mx.where(others[:, None], x, 0) for x in (out, mx.flatten(wanted, 0, 2))]
+        assert relative_error(*rest) <= TOLERANCES[call.signature.dtype]
 
 
 def _keys_values(case: Case) -> tuple[QuantizedTensor, QuantizedTensor]:

@@ -136,8 +136,7 @@ class Logits {
         if constexpr (C::MASK == BOOLEAN) {
           if (!m) s[n][x] = minus_infinity();
         } else {
-          const float y = to_float(m);
-          s[n][x] = y == minus_infinity() ? minus_infinity() : fmaxf(s[n][x] + y * LOG2E, LOWEST);
+          s[n][x] = masked_logit(s[n][x], to_float(m));
         }
       }
   }

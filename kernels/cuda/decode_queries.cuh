@@ -47,13 +47,18 @@ class QueryRows {
       if (row >= ROWS) break;
       float(&x)[D / 32] = raw[k];
       float peak = 0.0f;
+      bool finite = true;
 #pragma unroll
-      for (int i = 0; i < D / 32; ++i) x[i] *= sign, peak = fmaxf(peak, fabsf(x[i]));
+      for (int i = 0; i < D / 32; ++i) {
+        x[i] *= sign, peak = fmaxf(peak, fabsf(x[i]));
+        finite &= isfinite(x[i]);
+      }
       peak = warp_max(peak);
+      finite = __all_sync(~0u, finite);
       const float factor = C::KEY_BYTES ? store_integers(x, row, peak) : store_halves(x, row, peak);
       if constexpr (C::HAS_SUMS) store_sums(x, row);
-      // Times a masked score: no NaN.
-      if (lane == 0) memory.as<float>(C::ROW_FACTORS)[row] = fmaxf(scale / factor, 1e-36f);
+      // At least so much that a masked score times it is no NaN; integers cannot tell that a number was not finite.
+      if (lane == 0) memory.as<float>(C::ROW_FACTORS)[row] = finite ? fmaxf(scale / factor, 1e-36f) : not_a_number();
       if constexpr (C::ROPE > 0) store_rope(row);
     }
   }

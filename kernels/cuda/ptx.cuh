@@ -19,8 +19,15 @@ struct IsBfloat16<__nv_bfloat16> {
 };
 
 __device__ __forceinline__ float minus_infinity() { return __int_as_float(0xff800000); }
+__device__ __forceinline__ float not_a_number() { return __int_as_float(0x7fc00000); }
 constexpr float LOWEST = -3.402823466e38f;  // finite stand-in for "no key yet": a difference with it is never NaN
 constexpr float LOG2E = 1.4426950408889634f;
+
+// A base-2 logit and what a mask adds to it: nothing but -inf hides a key, and NaN stays NaN.
+__device__ __forceinline__ float masked_logit(float logit, float added) {
+  const float sum = logit + added * LOG2E;
+  return added == minus_infinity() ? minus_infinity() : sum < LOWEST ? LOWEST : sum;
+}
 
 __device__ __forceinline__ u32 shared_address(const void* p) {
   return static_cast<u32>(__cvta_generic_to_shared(p));

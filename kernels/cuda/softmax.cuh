@@ -84,8 +84,7 @@ __device__ __forceinline__ void apply_mask(float (&s)[8][4], int h, const T* lin
       if constexpr (MASK == BOOLEAN) {
         if (!m) score = minus_infinity();
       } else {
-        const float added = to_float(m);
-        score = added == minus_infinity() ? minus_infinity() : fmaxf(score + added * LOG2E, LOWEST);
+        score = masked_logit(score, to_float(m));
       }
     }
 }

@@ -23,6 +23,7 @@ from tests.attention_cases import (
     TOLERANCES,
     Case,
     build,
+    check_queries_that_are_not_finite,
     expected,
     random_case,
     random_mla_case,
@@ -208,6 +209,26 @@ def test_magnitudes_of_values_far_from_one(format: Format, dtype: mx.Dtype, size
     values = values * size * mx.exp(3 * mx.random.normal((1, 2, 777, 1)))  # of very different size by key
     packed = [quantize(x.astype(dtype), format) for x in (keys, mx.clip(values, -6e4, 6e4))]
     _check(check_call(queries.astype(dtype), *packed, scale=0.1), f"{format} {dtype} values of size {size}")
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32], ids=str)
+@pytest.mark.parametrize("format", [*map(Format.affine, (2, 4, 6)), Format.named("mxfp8")], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(seed=9, group=4, count=500, capacity=512, mask="additive"),
+        Case(seed=9, group=4, length=4, count=70, capacity=80, key_dim=128, value_dim=128, mask="causal", sinks=True),
+        Case(seed=9, group=4, length=40, count=200, capacity=256, key_dim=256, value_dim=256, mask="causal"),
+        Case(seed=9, kv_heads=1, group=64, count=200, capacity=256, key_dim=512, value_dim=512, rope_dim=64),
+    ],
+    ids=["one position", "four positions", "a prompt", "absorbed MLA"],
+)
+def test_queries_that_are_not_finite(case: Case, format: Format, dtype: mx.Dtype) -> None:
+    call = build(replace(case, key_format=format, value_format=format, dtype=dtype))
+    taken, reason = backend.has_fused_kernel(call.signature)
+    if not taken:
+        pytest.skip(reason)
+    check_queries_that_are_not_finite(backend.attend, call)
 
 
 def test_rows_that_do_not_follow_each_other() -> None:

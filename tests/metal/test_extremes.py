@@ -80,6 +80,13 @@ def test_keys_that_are_the_values(metal: EmulatedBackend, group: int, dim: int) 
         assert cases.relative_error(metal.attend(call, keys_per_split), cases.expected(call)) <= 1e-5
 
 
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16], ids=str)
+@pytest.mark.parametrize("group", [2, 9])
+def test_queries_that_are_not_finite(metal: EmulatedBackend, group: int, dtype: mx.Dtype) -> None:
+    call = cases.build(Case(seed=16, group=group, length=2, count=70, capacity=80, dtype=dtype, mask="additive"))
+    cases.check_queries_that_are_not_finite(metal.attend, call)
+
+
 @pytest.mark.parametrize("rows", ["few", "many", "latent"])
 def test_scores_that_later_keys_exceed_by_far(metal: EmulatedBackend, rows: str) -> None:
     """What is summed so far has to be made relative to a higher score, more than once."""
