@@ -238,7 +238,8 @@ static void score_keys(const plan *p, const piece *w, method h, const memory *m,
   uint32_t *codes = (uint32_t *)m->keys;
   load_key_codes(&p->keys, w->sequence, w->kv_head, first, count, (uint32_t *)m->work, (uint8_t *)m->rows, codes);
   const code_scales k = load_code_scales(h.digits, &p->keys, w->sequence, w->kv_head, first, count, m->work);
-  code_score_tile(h.digits, w->rows, &p->keys, codes, &k, m->code_q, m->scores);
+  const coming_codes coming = half_tile_to_come(&p->keys, w->sequence, w->kv_head, first + TILE, w->rows);
+  code_score_tile(h.digits, w->rows, &p->keys, codes, &k, m->code_q, coming, m->scores);
 }
 
 static void add_values(const plan *p, const piece *w, method h, const memory *m, long first, long count) {
@@ -247,7 +248,8 @@ static void add_values(const plan *p, const piece *w, method h, const memory *m,
     uint8_t *rows = (uint8_t *)m->rows, *wide = (uint8_t *)m->work;
     load_value_codes(&p->values, w->sequence, w->kv_head, first, count, rows, wide, codes);
     const code_scales k = load_code_scales(h.digits, &p->values, w->sequence, w->kv_head, first, count, m->work);
-    code_output_tile(h.digits, w->rows, &p->values, codes, &k, m->scores, m->decay, &m->code_w, m->out);
+    const coming_codes coming = half_tile_to_come(&p->values, w->sequence, w->kv_head, first + TILE, w->rows);
+    code_output_tile(h.digits, w->rows, &p->values, codes, &k, m->scores, m->decay, &m->code_w, coming, m->out);
   } else if (h.fuse_values) {
     fused_output_tile(p->c->type == FLOAT32, w->rows, &p->values, w->sequence, w->kv_head, first, count, m->work,
                       m->values, m->scores, m->decay, m->out);

@@ -138,13 +138,30 @@ static code_scales load_code_scales(int digits, const packed *p, long sequence, 
   return (code_scales){scales, biases, zeros};
 }
 
+/* ---- codes to come ---- */
+
+/* The second half of a tile's rows, in as many rounds as there are vectors of codes in the products with `rows` rows:
+   one prefetch to a round at most does not slow them. */
+INLINE coming_codes half_tile_to_come(const packed *p, long sequence, long head, long first, long rows) {
+  const long rounds = (rows + CODE_ROWS - 1) / CODE_ROWS * (p->dim / 4) * (TILE / LANES);
+  return codes_to_come(p, sequence, head, first + TILE / 2, TILE / 2, rounds);
+}
+
+INLINE const uint8_t *fetch_vectors(int vectors, const uint8_t *next, long step) {
+  UNROLL for (int v = 0; v < vectors; v += 2) __builtin_prefetch(next + v * step);
+  return next + vectors * step;
+}
+
 /* ---- scores ---- */
 
 /* Adds to scores [rows][TILE], for `vectors` vectors of keys from t on. */
 INLINE void code_score_block(int digits, int rows, int vectors, const packed *p, const uint32_t *codes,
-                             const code_scales *k, const code_queries *q, long t, float *scores) {
+                             const code_scales *k, const code_queries *q, long t, coming_codes *coming,
+                             float *scores) {
   const long groups = p->dim / p->group_size, quads = p->group_size / 4;
   const int32_t *numbers = q->digits;
+  const uint8_t *next = coming->next;
+  const long step = coming->step;
   codes += t;
   for (long g = 0; g < groups; g++) {
     vi sum[CODE_ROWS][3][4];
@@ -154,6 +171,7 @@ INLINE void code_score_block(int digits, int rows, int vectors, const packed *p,
       }
     }
     for (long quad = 0; quad < quads; quad++, codes += TILE, numbers += 4) {
+      next = fetch_vectors(vectors, next, step);
       vu code[4];
       UNROLL for (int v = 0; v < vectors; v++) code[v] = (vu)keep((vf)load_words(codes + v * LANES));
       UNROLL for (int r = 0; r < rows; r++) {
@@ -183,11 +201,14 @@ INLINE void code_score_block(int digits, int rows, int vectors, const packed *p,
       }
     }
   }
+  coming->next = next;
 }
 
 INLINE void code_score_rows(int digits, int rows, int vectors, const packed *p, const uint32_t *codes,
-                            const code_scales *k, const code_queries *q, float *scores) {
-  for (long t = 0; t < TILE; t += vectors * LANES) code_score_block(digits, rows, vectors, p, codes, k, q, t, scores);
+                            const code_scales *k, const code_queries *q, coming_codes *coming, float *scores) {
+  for (long t = 0; t < TILE; t += vectors * LANES) {
+    code_score_block(digits, rows, vectors, p, codes, k, q, t, coming, scores);
+  }
 }
 
 /* Vectors of a block: as many as leave registers for the codes. */
@@ -199,11 +220,11 @@ INLINE void code_score_rows(int digits, int rows, int vectors, const packed *p, 
 
 /* scores [rows][TILE] += q times a tile of keys. */
 static void code_score_tile(int digits, long rows, const packed *p, const uint32_t *codes, const code_scales *k,
-                            code_queries q, float *scores) {
+                            code_queries q, coming_codes coming, float *scores) {
   const long groups = p->dim / p->group_size;
 #define CASE(digits, rows)                                                                             \
   case digits * 16 + rows:                                                                             \
-    code_score_rows(digits, rows, CODE_VECTORS(digits, rows), p, codes, k, &q, scores);                \
+    code_score_rows(digits, rows, CODE_VECTORS(digits, rows), p, codes, k, &q, &coming, scores);       \
     break;
   for (; rows > 0; rows -= CODE_ROWS) {
     switch (digits * 16 + (rows < CODE_ROWS ? rows : CODE_ROWS)) {
@@ -260,7 +281,7 @@ INLINE void prepare_code_weights(int digits, long rows, const float *weights, co
 
 /* `vectors` vectors of `rows` output rows: out = out * decay + weights * values. */
 INLINE void code_output_block(int digits, int rows, int vectors, const uint32_t *codes, long dim,
-                              const code_weights *w, const float *decay, float *out) {
+                              const code_weights *w, const float *decay, coming_codes *coming, float *out) {
   vi sum[CODE_ROWS][3][4];
   UNROLL for (int r = 0; r < rows; r++) {
     UNROLL for (int i = 0; i < digits; i++) {
@@ -268,7 +289,10 @@ INLINE void code_output_block(int digits, int rows, int vectors, const uint32_t 
     }
   }
   const int32_t *numbers = w->digits;
+  const uint8_t *next = coming->next;
+  const long step = coming->step;
   for (long quad = 0; quad < TILE / 4; quad++, codes += dim, numbers += 4) {
+    next = fetch_vectors(vectors, next, step);
     vu code[4];
     UNROLL for (int v = 0; v < vectors; v++) code[v] = (vu)keep((vf)load_words(codes + v * LANES));
     UNROLL for (int r = 0; r < rows; r++) {
@@ -292,25 +316,27 @@ INLINE void code_output_block(int digits, int rows, int vectors, const uint32_t 
       store(to, load(to) * decay[r] + (total * w->steps[r] + w->sums[r]));
     }
   }
+  coming->next = next;
 }
 
 INLINE void code_output_rows(int digits, int rows, int vectors, const uint32_t *codes, long dim, long group_size,
-                             const code_weights *w, const float *decay, float *out) {
+                             const code_weights *w, const float *decay, coming_codes *coming, float *out) {
   long d = 0;
   for (; d + vectors * LANES <= group_size; d += vectors * LANES) {
-    code_output_block(digits, rows, vectors, codes + d, dim, w, decay, out + d);
+    code_output_block(digits, rows, vectors, codes + d, dim, w, decay, coming, out + d);
   }
-  if (vectors > 2 && d < group_size) code_output_block(digits, rows, 2, codes + d, dim, w, decay, out + d);
+  if (vectors > 2 && d < group_size) code_output_block(digits, rows, 2, codes + d, dim, w, decay, coming, out + d);
 }
 
 /* out [rows][dim] = out * decay [rows] + weights [rows][TILE] times a tile of values; dimensions in a
    tile's order. */
 static void code_output_tile(int digits, long rows, const packed *p, const uint32_t *codes, const code_scales *k,
-                             const float *weights, const float *decay, const code_weights *memory, float *out) {
+                             const float *weights, const float *decay, const code_weights *memory, coming_codes coming,
+                             float *out) {
 #define CASE(digits, rows)                                                                                   \
   case digits * 16 + rows:                                                                                   \
     code_output_rows(digits, rows, CODE_VECTORS(digits, rows), codes + d, p->dim, p->group_size, &w, decay + r, \
-                     out + r * p->dim + d);                                                                  \
+                     &coming, out + r * p->dim + d);                                                         \
     break;
   for (long d = 0, g = 0; d < p->dim; d += p->group_size, g++) {
     const long at = g * TILE;

@@ -49,17 +49,19 @@ INLINE void spread_keys(int bits, long dim, const uint32_t *words, uint32_t *to)
   for (long d = 0; d < dim; d += 32) spread_key_codes(bits, words + d / 32 * bits * TILE, to + d / 4 * TILE);
 }
 
-/* Keys first .. first + count as [dim / 4][TILE] in `to`. `work`: dim * TILE bytes; `rows` as many. */
+/* Keys first .. first + count as [dim / 4][TILE] in `to`. `work`: dim * TILE bytes; `rows` as many. Fetches the first
+   half of the next tile; code_score_tile fetches the other. */
 static void load_key_codes(const packed *p, long sequence, long head, long first, long count, uint32_t *work,
                            uint8_t *rows, uint32_t *to) {
+  const coming_codes coming = codes_to_come(p, sequence, head, first + TILE, TILE / 2, 1);
   const long words = p->dim * p->bits / 32;
   long stride;
   const uint8_t *from = tile_rows(p, sequence, head, first, count, rows, &stride);
   if (p->bits == 4) {
-    transpose_rows(1, from, stride, words, to);
+    transpose_rows(1, from, stride, words, coming, to);
     return;
   }
-  transpose_words(from, stride, words, TILE, p->bits == 8 ? to : work);
+  transpose_words(from, stride, words, TILE, coming, p->bits == 8 ? to : work);
   switch (p->bits) {
     case 2: spread_keys(2, p->dim, work, to); break;
     case 3: spread_keys(3, p->dim, work, to); break;
@@ -166,10 +168,12 @@ INLINE void spread_two_quads32(const uint8_t *from, long row, uint32_t *to) {
 }
 #endif
 
-INLINE void spread_values(int bits, int chunk, long dim, const uint8_t *from, long row, uint32_t *to) {
+INLINE void spread_values(int bits, int chunk, long dim, const uint8_t *from, long row, coming_codes coming,
+                          uint32_t *to) {
   const long step = bits == 4 ? 2 * chunk : chunk;
   for (long t = 0; t < TILE; t += 4, from += 4 * row) {
     long d = 0;
+    fetch_step(&coming);
 #if LANES >= 16
     if (bits == 4 && chunk == 32) {
       for (; d + 2 * step <= dim; d += 2 * step, to += 2 * step) spread_two_quads32(from + d / 2, row, to);
@@ -192,14 +196,13 @@ INLINE void widen_codes(int bits, long dim, const uint8_t *from, long row, uint8
   }
 }
 
-/* Values first .. first + count as [TILE / 4][dim] in `to`. `rows` and `wide`: dim * TILE bytes each. */
+/* Values first .. first + count as [TILE / 4][dim] in `to`. `rows` and `wide`: dim * TILE bytes each. Fetches the first
+   half of the next tile; code_output_tile fetches the other. */
 static void load_value_codes(const packed *p, long sequence, long head, long first, long count, uint8_t *rows,
                              uint8_t *wide, uint32_t *to) {
   long stride;
   const uint8_t *from = tile_rows(p, sequence, head, first, count, rows, &stride);
-  for (long t = 0; t < count; t++) {
-    prefetch(row_of(&p->codes, sequence, head, first + TILE + t), p->dim / 8 * p->bits);
-  }
+  const coming_codes coming = codes_to_come(p, sequence, head, first + TILE, TILE / 2, TILE / 4);
   switch (p->bits) {
     case 2: widen_codes(2, p->dim, from, stride, wide); break;
     case 3: widen_codes(3, p->dim, from, stride, wide); break;
@@ -209,12 +212,12 @@ static void load_value_codes(const packed *p, long sequence, long head, long fir
   if (p->bits != 4 && p->bits != 8) from = wide, stride = p->dim;
   const long chunk = chunk_size(p->bits, p->group_size);
   switch ((p->bits == 4) + chunk) {
-    case 16: spread_values(8, 16, p->dim, from, stride, to); break;
-    case 17: spread_values(4, 16, p->dim, from, stride, to); break;
-    case 32: spread_values(8, 32, p->dim, from, stride, to); break;
-    case 33: spread_values(4, 32, p->dim, from, stride, to); break;
-    case 64: spread_values(8, 64, p->dim, from, stride, to); break;
-    case 65: spread_values(4, 64, p->dim, from, stride, to); break;
+    case 16: spread_values(8, 16, p->dim, from, stride, coming, to); break;
+    case 17: spread_values(4, 16, p->dim, from, stride, coming, to); break;
+    case 32: spread_values(8, 32, p->dim, from, stride, coming, to); break;
+    case 33: spread_values(4, 32, p->dim, from, stride, coming, to); break;
+    case 64: spread_values(8, 64, p->dim, from, stride, coming, to); break;
+    case 65: spread_values(4, 64, p->dim, from, stride, coming, to); break;
   }
 }
 

@@ -37,6 +37,23 @@ INLINE const uint8_t *row_of(const view *v, long sequence, long head, long row) 
   return v->data + sequence * v->sequence + head * v->head + row * v->row;
 }
 
+/* Codes to come, which the loops over a tile fetch into the cache as they go, `step` bytes in each round: all at once
+   there would be more than a core can wait for, and it would stop. */
+typedef struct {
+  const uint8_t *next;
+  long step;
+} coming_codes;
+
+/* `count` rows from `first` on, in so many rounds. */
+INLINE coming_codes codes_to_come(const packed *p, long sequence, long head, long first, long count, long rounds) {
+  return (coming_codes){row_of(&p->codes, sequence, head, first), count * p->codes.row / rounds};
+}
+
+INLINE void fetch_step(coming_codes *c) {
+  prefetch(c->next, c->step);
+  c->next += c->step;
+}
+
 /* The numbers that codes of floating-point formats stand for: sign, exponent and mantissa are moved to a float32's
    places; exponent 0 is read as exponent 1, less its implicit bit. */
 INLINE vf decode_minifloat(vu code, int mantissa, int exponent_bias, int bits) {
@@ -190,28 +207,30 @@ INLINE void transpose_block(int n, int nibbles, const uint8_t *from, long row, u
 }
 
 /* Whole tile in blocks of n; the last block of columns ends with the row, so that nothing behind it is read. */
-INLINE void transpose_tile(int n, int nibbles, const uint8_t *from, long row, long words, uint32_t *to) {
+INLINE void transpose_tile(int n, int nibbles, const uint8_t *from, long row, long words, coming_codes coming,
+                           uint32_t *to) {
+  coming.step /= (words + n - 1) / n * (TILE / n);
   for (long c = 0; c < words; c += n) {
     const long column = c + n <= words ? c : words - n;
     for (long t = 0; t < TILE; t += n) {
       const uint8_t *block = from + t * row + column * 4;
-      UNROLL for (int i = 0; i < n; i++) __builtin_prefetch(block + (TILE + i) * row);
+      fetch_step(&coming);
       transpose_block(n, nibbles, block, row, to + column * (1 + nibbles) * TILE + t);
     }
   }
 }
 
-INLINE void transpose_rows(int nibbles, const uint8_t *from, long row, long words, uint32_t *to) {
+INLINE void transpose_rows(int nibbles, const uint8_t *from, long row, long words, coming_codes coming, uint32_t *to) {
   if (LANES >= 16 && words >= 16) {
-    transpose_tile(16, nibbles, from, row, words, to);
+    transpose_tile(16, nibbles, from, row, words, coming, to);
   } else if (LANES >= 8 && words >= 8) {
-    transpose_tile(8, nibbles, from, row, words, to);
+    transpose_tile(8, nibbles, from, row, words, coming, to);
   } else {
-    transpose_tile(4, nibbles, from, row, words, to);
+    transpose_tile(4, nibbles, from, row, words, coming, to);
   }
 }
 
-static void transpose_words(const uint8_t *from, long row, long words, long count, uint32_t *to) {
+static void transpose_words(const uint8_t *from, long row, long words, long count, coming_codes coming, uint32_t *to) {
   if (count < TILE || words < 4) {
     for (long w = 0; w < words; w++) {
       for (long t = 0; t < TILE; t++) {
@@ -221,7 +240,7 @@ static void transpose_words(const uint8_t *from, long row, long words, long coun
       }
     }
   } else {
-    transpose_rows(0, from, row, words, to);
+    transpose_rows(0, from, row, words, coming, to);
   }
 }
 
@@ -268,7 +287,8 @@ static key_parts load_key_parts(const packed *p, long sequence, long head, long 
   load_scales(p, sequence, head, first, count, rows, rows + groups * TILE);
   transpose_floats(rows, groups, scales);
   transpose_floats(rows + groups * TILE, groups, biases);
-  transpose_words(row_of(&p->codes, sequence, head, first), p->codes.row, words, count, (uint32_t *)work);
+  const coming_codes coming = codes_to_come(p, sequence, head, first + TILE, TILE, 1);
+  transpose_words(row_of(&p->codes, sequence, head, first), p->codes.row, words, count, coming, (uint32_t *)work);
   return (key_parts){(uint32_t *)work, scales, biases};
 }
 
