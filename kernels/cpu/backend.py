@@ -1,7 +1,12 @@
-"""The CPU backend: one C library, compiled for the host at first use, called on evaluated buffers in place."""
+"""The CPU backend: one C library, compiled for the host at first use, which reads its inputs in place.
+
+Calls are operations of MLX's lazy graph (``graph.py``), where a C++ compiler and MLX's headers are. Where they are not,
+each call evaluates its inputs, waits for them, and returns an evaluated array.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import math
 import os
@@ -14,10 +19,12 @@ from qsdpa_patch.kernels.attention_call import AttentionCall, Signature
 from qsdpa_patch.kernels.backends import Declined
 from qsdpa_patch.kernels.cpu import plans
 from qsdpa_patch.kernels.cpu.compiler import CompilerError, find_compiler
-from qsdpa_patch.kernels.cpu.library import cache_directory, load_library, loaded_library
+from qsdpa_patch.kernels.cpu.graph import Graph, GraphError, attend_lazily, load_graph
+from qsdpa_patch.kernels.cpu.library import load_library, loaded_library
+from qsdpa_patch.kernels.cpu.library_cache import cache_directory
 from qsdpa_patch.kernels.cpu.self_check import wrong_results
 
-__all__ = ["attend", "describe", "has_fused_kernel", "is_available", "thread_count"]
+__all__ = ["attend", "attend_evaluated", "describe", "has_fused_kernel", "is_available", "thread_count"]
 
 _log = logging.getLogger(__name__)
 _FAILURES = {1: "not enough memory for the CPU kernel", 2: "the numbers of an input's rows are not contiguous"}
@@ -59,10 +66,32 @@ def _library_failure() -> str:
     except CompilerError as error:
         failure = str(error)
     else:
-        wrong = wrong_results(attend)
+        wrong = wrong_results(attend_evaluated)
         failure = f"the CPU kernels made by {library.compiler} are not used: {wrong}" if wrong else ""
+        if not failure:
+            _graph_failure()  # now, rather than in the middle of a text
     if failure:
         _log.warning("no CPU kernels: %s", failure)
+    return failure
+
+
+@cache
+def _graph() -> Graph | None:
+    """The kernel as an operation of the lazy graph, or ``None``: see :func:`_graph_failure`."""
+    return None if _graph_failure() else load_graph(load_library().path)
+
+
+@cache
+def _graph_failure() -> str:
+    """Why the kernel cannot be an operation of the lazy graph; empty when it can, and its results are right."""
+    try:
+        graph = load_graph(load_library().path)
+    except GraphError as error:
+        failure = str(error)
+    else:
+        failure = wrong_results(lambda call: _attend_in_graph(graph, call))
+    if failure:
+        _log.info("the CPU kernel evaluates its inputs at each call: %s", failure)
     return failure
 
 
@@ -77,6 +106,8 @@ def describe() -> dict[str, str]:
     if library is not None:
         facts["library"] = str(library.path)
         facts["compile time"] = f"{library.compile_seconds:.1f} s" if library.compile_seconds else "none: it was cached"
+    if _graph_failure.cache_info().currsize:
+        facts["calls"] = "lazy, in MLX's graph" if _graph() else f"on evaluated inputs: {_graph_failure()}"
     if _library_failure.cache_info().currsize and _library_failure():
         facts["failure"] = _library_failure()
     return facts
@@ -96,20 +127,27 @@ def thread_count() -> int:
 
 
 def attend(call: AttentionCall) -> mx.array:
-    """Attention ``[B, Hq, L, Dv]`` of ``call`` in the queries' dtype. The inputs are evaluated, the kernel has run.
+    """Attention ``[B, Hq, L, Dv]`` of ``call`` in the queries' dtype: lazy, or evaluated where the graph has no kernel.
 
     Raises:
-        Declined: the inputs are traced (``mx.compile``, ``mx.vmap``, ``mx.grad``), rows are not contiguous, or there
-            is not enough memory.
+        Declined: the inputs are traced (``mx.compile``, ``mx.vmap``, ``mx.grad``). Where inputs are evaluated also if
+            rows are not contiguous, or there is not enough memory.
     """
+    graph = _graph()
+    return attend_evaluated(call) if graph is None else _attend_in_graph(graph, call)
+
+
+def _attend_in_graph(graph: Graph, call: AttentionCall) -> mx.array:
+    return attend_lazily(graph.attend, load_library().attend_address, call, _fields(call))
+
+
+def attend_evaluated(call: AttentionCall) -> mx.array:
+    """Likewise, now: the inputs are evaluated, the kernel has run."""
     sig, library = call.signature, load_library()
     arrays = plans.arrays_of(call)
     _start_evaluating([a for a in arrays if a is not None])
     arrays[1], result = _output((sig.batch, sig.query_heads, sig.query_length, sig.value_dim), sig.dtype)
-    try:
-        fields = plans.fill_fields(call, thread_count())
-    except KeyError as error:
-        raise Declined(f"the CPU kernel does not take {error.args[0]}") from None
+    fields = _fields(call)
     library.read_views(arrays, fields)
     if failure := library.functions.qsdpa_attend(fields, call.scale):
         raise Declined(_FAILURES[failure])
@@ -117,6 +155,13 @@ def attend(call: AttentionCall) -> mx.array:
     # so that MLX's thread does not take a core from the kernel.
     _start_evaluating([call.queries[..., :1]])
     return result
+
+
+def _fields(call: AttentionCall) -> ctypes.Array[ctypes.c_int64]:
+    try:
+        return plans.fill_fields(call, thread_count())
+    except KeyError as error:
+        raise Declined(f"the CPU kernel does not take {error.args[0]}") from None
 
 
 def _start_evaluating(arrays: list[mx.array]) -> None:

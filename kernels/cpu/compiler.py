@@ -1,4 +1,4 @@
-"""The system's C compiler: which one, with which flags, and a run of it that always ends."""
+"""The system's C and C++ compilers: which one, with which flags, and a run of it that always ends."""
 
 from __future__ import annotations
 
@@ -8,32 +8,58 @@ import shlex
 import shutil
 import signal
 import subprocess
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Compiler", "CompilerError", "find_compiler"]
+__all__ = ["CXX", "Compiler", "CompilerError", "Language", "find_compiler", "run_within"]
 
 TIME_LIMIT = 120.0
 """Seconds that one run of the compiler may take."""
 
-_FLAGS = (
-    "-O3",
-    "-std=gnu11",
-    "-shared",
-    "-fPIC",
-    "-pthread",
-    "-fvisibility=hidden",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-ffp-contract=fast",
-    "-w",
-)
-# Nothing of -ffast-math: masks are -inf, and its start-up code would flush denormals for the whole process.
-_HOST_FLAGS = (("-march=native",), ("-mcpu=native",), ())
-"""What compiles for the very host, by preference: not every clang takes the first on arm64."""
 
-ALL_FLAGS = (_FLAGS, _HOST_FLAGS)
-"""All that a build depends on besides compiler, CPU and sources."""
+@dataclass(frozen=True)
+class Language:
+    """How a shared library is made of sources in one language.
+
+    variable: of the environment that names a compiler; else the first of ``commands`` on the path is taken.
+    host_flags: alternatives, by preference, added to ``flags``.
+    """
+
+    name: str
+    variable: str
+    commands: tuple[str, ...]
+    flags: tuple[str, ...]
+    host_flags: tuple[tuple[str, ...], ...] = ((),)
+
+
+C = Language(
+    name="C",
+    variable="CC",
+    commands=("cc", "gcc", "clang"),
+    # Nothing of -ffast-math: masks are -inf, and its start-up code would flush denormals for the whole process.
+    flags=(
+        "-O3",
+        "-std=gnu11",
+        "-shared",
+        "-fPIC",
+        "-pthread",
+        "-fvisibility=hidden",
+        "-fno-math-errno",
+        "-fno-trapping-math",
+        "-ffp-contract=fast",
+        "-w",
+    ),
+    # What compiles for the very host: not every clang takes the first on arm64.
+    host_flags=(("-march=native",), ("-mcpu=native",), ()),
+)
+
+CXX = Language(
+    name="C++",
+    variable="CXX",
+    commands=("c++", "g++", "clang++"),
+    flags=("-O2", "-std=c++20", "-shared", "-fPIC", "-pthread", "-w"),
+)
 
 
 class CompilerError(Exception):
@@ -42,49 +68,56 @@ class CompilerError(Exception):
 
 @dataclass(frozen=True)
 class Compiler:
-    """A C compiler: ``command`` as ``$CC`` may give it, ``version`` as it reports itself."""
+    """A compiler: ``command`` as ``$CC`` may give it, ``version`` as it reports itself."""
 
     command: tuple[str, ...]
     version: str
+    language: Language = C
 
     def __str__(self) -> str:
         return f"{' '.join(self.command)} ({self.version})"
 
-    def compile(self, source: Path, output: Path, time_limit: float = TIME_LIMIT) -> tuple[str, ...]:
+    def compile(
+        self, source: Path, output: Path, time_limit: float = TIME_LIMIT, arguments: Sequence[str] = ("-lm",)
+    ) -> tuple[str, ...]:
         """Build the shared library ``output`` from ``source`` for this host; returns the flags that did it.
 
         Raises:
             CompilerError: with what the compiler said of the first error, or that it ran past ``time_limit`` seconds.
         """
         first_failure = ""
-        for host_flags in _HOST_FLAGS:
-            flags = (*_FLAGS, *host_flags)
-            failure = _failure([*self.command, *flags, str(source), "-o", str(output), "-lm"], time_limit)
+        for host_flags in self.language.host_flags:
+            flags = (*self.language.flags, *host_flags)
+            failure = _failure([*self.command, *flags, str(source), "-o", str(output), *arguments], time_limit)
             if not failure:
                 return flags
             first_failure = first_failure or failure
         raise CompilerError(f"{self.command[0]} failed: {first_failure}")
 
 
-def find_compiler() -> Compiler:
-    """The compiler of ``$CC``, or else the first of ``cc``, ``gcc`` and ``clang`` on the path.
+def find_compiler(language: Language = C) -> Compiler:
+    """The compiler that the environment names (``$CC``, ``$CXX``), or else the first of the usual ones on the path.
 
     Raises:
         CompilerError: there is none, or it does not run.
     """
-    chosen = os.environ.get("CC", "")
-    candidates = [shlex.split(chosen)] if chosen else [["cc"], ["gcc"], ["clang"]]
+    variable = language.variable
+    chosen = os.environ.get(variable, "")
+    candidates = [shlex.split(chosen)] if chosen else [[command] for command in language.commands]
     for command in candidates:
         path = shutil.which(command[0]) if command else None
         if path:
-            return Compiler((path, *command[1:]), _version(path))
+            return Compiler((path, *command[1:]), _version(path), language)
     if chosen:
-        raise CompilerError(f"no C compiler: CC={chosen!r} is not on the path")
-    raise CompilerError("no C compiler: none of cc, gcc and clang is on the path, and CC is not set")
+        raise CompilerError(f"no {language.name} compiler: {variable}={chosen!r} is not on the path")
+    *others, last = language.commands
+    raise CompilerError(
+        f"no {language.name} compiler: none of {', '.join(others)} and {last} is on the path, and {variable} is not set"
+    )
 
 
 def _version(path: str) -> str:
-    status, output = _run([path, "--version"], time_limit=20.0)
+    status, output = run_within(20.0, [path, "--version"])
     if status is None:
         raise CompilerError(f"{path} --version did not end within 20 s")
     return output.splitlines()[0].strip() if status == 0 and output.strip() else "unknown version"
@@ -92,7 +125,7 @@ def _version(path: str) -> str:
 
 def _failure(command: list[str], time_limit: float) -> str:
     """Why ``command`` failed, in one line; empty when it did not."""
-    status, output = _run(command, time_limit)
+    status, output = run_within(time_limit, command)
     if status == 0:
         return ""
     if status is None:
@@ -102,15 +135,17 @@ def _failure(command: list[str], time_limit: float) -> str:
     return (errors or lines or [f"exit status {status}"])[0][:300]
 
 
-def _run(command: list[str], time_limit: float) -> tuple[int | None, str]:
-    """Exit status (``None``: past the time limit, and killed with all that it started) and output."""
+def run_within(
+    time_limit: float, command: Sequence[str], environment: Mapping[str, str] = os.environ
+) -> tuple[int | None, str]:
+    """Exit status (``None``: past the time limit, and killed with all that it started) and output of ``command``."""
     try:
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "LC_ALL": "C"},
+            env={**environment, "LC_ALL": "C"},
             start_new_session=True,
             text=True,
             errors="replace",

@@ -1,35 +1,27 @@
-"""The C kernels as a shared library: compiled for this host once, cached on disk, loaded once in a process.
-
-A cached file is named by a hash of all that made it (sources, compiler, flags, CPU) and by a hash of its own bytes, so
-that a damaged one is seen before it is loaded. Files appear by a rename: several processes may start at once.
-"""
+"""The C kernels as a shared library: compiled for this host once, cached on disk, loaded once in a process."""
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import importlib.resources
-import logging
-import os
 import platform
 import subprocess
 import sys
-import tempfile
 import threading
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
 import mlx.core as mx
 
 from qsdpa_patch.kernels.cpu import compiler as compilers
+from qsdpa_patch.kernels.cpu import library_cache
 from qsdpa_patch.kernels.cpu.compiler import Compiler, CompilerError
+from qsdpa_patch.kernels.cpu.library_cache import digest
 
-__all__ = ["CompilerError", "Library", "cache_directory", "load_library", "loaded_library"]
+__all__ = ["CompilerError", "Library", "host_cpu", "load_library", "loaded_library"]
 
-_log = logging.getLogger(__name__)
 _MAIN = "kernels.c"
 
 
@@ -42,6 +34,11 @@ class Library:
     path: Path
     compiler: Compiler
     compile_seconds: float
+
+    @cached_property
+    def attend_address(self) -> int:
+        """Of the C function ``qsdpa_attend``."""
+        return ctypes.cast(self.functions.qsdpa_attend, ctypes.c_void_p).value or 0
 
     def read_views(self, arrays: Sequence[mx.array | None], fields: ctypes.Array[ctypes.c_int64]) -> None:
         """Write addresses and strides of ``arrays`` (``None``: zeros) to the start of ``fields``, five numbers each.
@@ -82,42 +79,17 @@ def loaded_library() -> Library | None:
     return _outcome if isinstance(_outcome, Library) else None
 
 
-def cache_directory() -> Path:
-    """Where compiled libraries are kept: ``$QSDPA_CACHE_DIR``, or the user's cache folder."""
-    if chosen := os.environ.get("QSDPA_CACHE_DIR"):
-        return Path(chosen).expanduser()
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "qsdpa_patch"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qsdpa_patch"
-
-
 def find_or_build(compiler: Compiler) -> Library:
     sources = _sources()
-    key = _key(sources, compiler)
-    directory = _writable_directory()
-    for path in sorted(directory.glob(f"{key}-*.so")):
-        if path.stem.rpartition("-")[2] == _digest(path.read_bytes()):
-            try:
-                return Library(*_open(path), path, compiler, 0.0)
-            except OSError as error:
-                _log.warning("%s cannot be loaded and is built again: %s", path, error)
-        else:
-            _log.warning("%s is damaged and is built again", path)
-        path.unlink(missing_ok=True)
-    start = time.perf_counter()
-    path = _build(sources, compiler, directory, key)
-    return Library(*_open(path), path, compiler, time.perf_counter() - start)
 
-
-def _build(sources: dict[str, str], compiler: Compiler, directory: Path, key: str) -> Path:
-    with tempfile.TemporaryDirectory(dir=directory, prefix="build-") as build:
+    def build(folder: Path) -> Path:
         for name, text in sources.items():
-            Path(build, name).write_text(text)
-        built = Path(build, "kernels.so")
-        compiler.compile(Path(build, _MAIN), built)
-        path = directory / f"{key}-{_digest(built.read_bytes())}.so"
-        os.replace(built, path)
-    return path
+            Path(folder, name).write_text(text)
+        compiler.compile(folder / _MAIN, folder / "kernels.so")
+        return folder / "kernels.so"
+
+    functions, path, seconds = library_cache.find_or_build(_key(sources, compiler), build, _open)
+    return Library(*functions, path, compiler, seconds)
 
 
 _GET_BUFFER = ctypes.cast(ctypes.pythonapi.PyObject_GetBuffer, ctypes.c_void_p)
@@ -146,15 +118,11 @@ def _sources() -> dict[str, str]:
 
 
 def _key(sources: dict[str, str], compiler: Compiler) -> str:
-    return _digest(repr((sources, compiler.command, compiler.version, compilers.ALL_FLAGS, _cpu())).encode())
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:32]
+    return digest(repr((sources, compiler, host_cpu())).encode())
 
 
 @cache
-def _cpu() -> str:
+def host_cpu() -> str:
     """This machine's CPU as far as code made for it goes: a home folder may be shared by several machines."""
     if sys.platform == "darwin":
         command = ["sysctl", "-n", "machdep.cpu.brand_string"]
@@ -166,26 +134,3 @@ def _cpu() -> str:
         return f"{platform.machine()} {platform.processor()}"
     telling = ("model name", "flags", "Features", "CPU implementer", "CPU part")
     return "\n".join(sorted(line for line in first.splitlines() if line.startswith(telling))) + platform.machine()
-
-
-def _writable_directory() -> Path:
-    """The cache directory, or where it cannot be written, a temporary one that lives as long as the process."""
-    directory = cache_directory()
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            return directory
-    except OSError as error:
-        temporary = _temporary_directory()
-        _log.warning("%s cannot be written (%s): compiled CPU kernels are kept for this process only", directory, error)
-        return temporary
-
-
-@cache
-def _temporary_directory() -> Path:
-    holder = tempfile.TemporaryDirectory(prefix="qsdpa-")
-    _keep.append(holder)
-    return Path(holder.name)
-
-
-_keep: list[tempfile.TemporaryDirectory[str]] = []

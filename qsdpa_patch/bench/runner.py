@@ -30,7 +30,7 @@ class BenchmarkOptions:
 
     kernels: as :func:`qsdpa_patch.enable` takes it.
     seconds: of measuring time for each path.
-    calls: per timed run; ``None``: one on the CPU, the suite's number on a GPU.
+    calls: per timed run; ``None``: the suite's number for the device.
     model: for ``e2e``; ``None``: a random Llama with ``layers`` layers and the heads of the case.
     """
 
@@ -61,7 +61,8 @@ def run_cases(cases: Sequence[Case], options: BenchmarkOptions, command: str) ->
 
 def _calls(case: Case, options: BenchmarkOptions) -> int:
     on_cpu = mx.default_device().type == mx.DeviceType.cpu
-    return options.calls or (1 if on_cpu else SUITES[case.suite].gpu_calls)
+    suite = SUITES[case.suite]
+    return options.calls or (suite.cpu_calls if on_cpu else suite.gpu_calls)
 
 
 def _paths(case: Case, options: BenchmarkOptions) -> list[TimedPath]:

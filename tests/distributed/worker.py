@@ -11,7 +11,7 @@ from itertools import islice
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.generate import generate_step
+from mlx_lm.generate import generate_step, generation_stream
 from mlx_lm.models.cache import make_prompt_cache
 
 import qsdpa_patch
@@ -41,6 +41,7 @@ def main(architecture: str, mode: str, bits: str) -> None:
             prefill_step_size=20,
         )  # fmt: skip
         tokens = [int(token) for token, _ in islice(steps, TOKENS)]
+        mx.synchronize(generation_stream)  # it has begun another step, for which the other process needs this one
     rank = mx.distributed.init().rank()
     result = {"rank": rank, "tokens": tokens, "caches": sorted({type(layer).__qualname__ for layer in cache}),
               "calls": qsdpa_patch.report().calls}  # fmt: skip

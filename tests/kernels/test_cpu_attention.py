@@ -41,6 +41,7 @@ def check(call: AttentionCall, what: object) -> None:
     assert backend.has_fused_kernel(call.signature) == (True, "")
     out = backend.attend(call)
     assert out.dtype == call.queries.dtype
+    assert mx.array_equal(out, backend.attend_evaluated(call)), str(what)
     assert relative_error(out, attend_in_double(call)) <= TOLERANCES[call.queries.dtype], str(what)
 
 
@@ -122,13 +123,13 @@ def test_scales_may_differ_from_the_queries_in_dtype() -> None:
         check(mixed, dtype)
 
 
-def test_scattered_rows_are_declined() -> None:
+def test_scattered_rows_are_declined_when_inputs_are_evaluated() -> None:
     call = build(Case(seed=7))
     queries = mx.random.normal((1, 2, 64, 1)).swapaxes(2, 3)
-    assert backend.attend(replace(call, queries=queries)).shape == (1, 2, 1, 64)  # contiguous all the same
+    assert backend.attend_evaluated(replace(call, queries=queries)).shape == (1, 2, 1, 64)  # contiguous all the same
     scattered = mx.random.normal((1, 2, 64, 2)).swapaxes(2, 3)[:, :, :1]
     with pytest.raises(Declined, match="not contiguous"):
-        backend.attend(replace(call, queries=scattered))
+        backend.attend_evaluated(replace(call, queries=scattered))
 
 
 def test_dims_out_of_range_are_refused_with_the_reason() -> None:
@@ -138,15 +139,24 @@ def test_dims_out_of_range_are_refused_with_the_reason() -> None:
     assert "value rows of 544" in reason
 
 
+Attend = Callable[[AttentionCall], mx.array]
+
+
+@pytest.fixture(params=["attend", "attend_evaluated"])
+def attend_now_or_later(request: pytest.FixtureRequest) -> Attend:
+    attend: Attend = getattr(backend, request.param)
+    return attend
+
+
 @pytest.mark.parametrize("transform", ["compile", "vmap", "grad", "jvp"])
-def test_traced_arrays_are_declined(transform: str) -> None:
+def test_traced_arrays_are_declined(transform: str, attend_now_or_later: Attend) -> None:
     call = build(Case(seed=9, count=40, capacity=40))
     reasons = []
 
     def attend(queries: mx.array) -> mx.array:
         queries = queries.reshape(call.queries.shape)
         try:
-            return backend.attend(replace(call, queries=queries)).sum()
+            return attend_now_or_later(replace(call, queries=queries)).sum()
         except Declined as declined:
             reasons.append(str(declined))
             return queries.sum()
@@ -162,13 +172,13 @@ def test_traced_arrays_are_declined(transform: str) -> None:
     assert "mx.grad" in reasons[0]
 
 
-def test_traced_arrays_that_are_evaluated_are_declined() -> None:
+def test_traced_arrays_that_are_evaluated_are_declined(attend_now_or_later: Attend) -> None:
     call = build(Case(seed=9, count=40, capacity=40))
 
     def attend(queries: mx.array) -> mx.array:
         mx.eval(queries)
         with pytest.raises(Declined, match=r"mx\.grad"):
-            backend.attend(replace(call, queries=queries))
+            attend_now_or_later(replace(call, queries=queries))
         return queries.sum()
 
     mx.grad(attend)(call.queries)

@@ -12,7 +12,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from qsdpa_patch.kernels.cpu import backend, compiler, library
+from qsdpa_patch.kernels.cpu import backend, compiler, library, library_cache
 from qsdpa_patch.kernels.cpu.compiler import Compiler, CompilerError
 from qsdpa_patch.kernels.cpu.self_check import wrong_results
 from tests.attention_cases import Case, build
@@ -200,10 +200,10 @@ def test_threads_are_chosen_by_the_environment(monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_cache_directory_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("QSDPA_CACHE_DIR", str(tmp_path))
-    assert library.cache_directory() == tmp_path
+    assert library_cache.cache_directory() == tmp_path
     monkeypatch.delenv("QSDPA_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert library.cache_directory().name == "qsdpa_patch"
+    assert library_cache.cache_directory().name == "qsdpa_patch"
 
 
 def test_describe_names_compiler_library_and_threads() -> None:
