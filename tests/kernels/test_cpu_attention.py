@@ -204,6 +204,20 @@ def test_values_of_very_different_sizes(dtype: mx.Dtype) -> None:
         assert relative_error(out[:, head, :, half], wanted[:, head, :, half]) <= TOLERANCES[dtype]
 
 
+@pytest.mark.parametrize("threads", [2, 3, 9])
+def test_whichever_thread_takes_a_piece_the_bits_are_the_same(threads: int) -> None:
+    call = build(Case(seed=14, kv_heads=3, group=4, count=1900, capacity=1900))
+    attend = library.load_library().functions.qsdpa_attend
+    fields, out = prepared(call, threads)
+    attend(fields, call.scale)
+    shared: Any = out
+    first = bytes(memoryview(shared))
+    assert relative_error(out, attend_in_double(call)) <= TOLERANCES[call.queries.dtype]
+    for _ in range(300):
+        attend(fields, call.scale)
+        assert bytes(memoryview(shared)) == first
+
+
 def test_outputs_are_new_each_time() -> None:
     call = build(Case(seed=13, dtype=mx.bfloat16))
     first = backend.attend(call)

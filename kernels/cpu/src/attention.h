@@ -17,6 +17,7 @@
 
 enum { NO_MASK, CAUSAL, BOOLEAN, ADDITIVE };
 enum { MOST_ROWS = 128, FEWEST_KEYS = 256 }; /* of a piece */
+enum { PIECES = 16 };                        /* for each thread, where the keys are split */
 
 /* Filled by Python as consecutive 64-bit integers: the views by qsdpa_views, the rest in plans.py. */
 typedef struct {
@@ -63,7 +64,7 @@ static size_t part_memory(const plan *p, float *start, memory *m) {
     size_t size;
   } parts[] = {
     {&m->q, rows * dim},
-    {&m->keys, dim * TILE},
+    {&m->keys, larger_size(dim, value_dim / 4) * TILE},
     {&m->values, value_dim * TILE},
     {&m->scores, rows * TILE},
     {&m->out, rows * value_dim},
@@ -244,7 +245,7 @@ static void score_keys(const plan *p, const piece *w, method h, const memory *m,
 
 static void add_values(const plan *p, const piece *w, method h, const memory *m, long first, long count) {
   if (h.code_values) {
-    uint32_t *codes = (uint32_t *)m->values;
+    uint32_t *codes = (uint32_t *)m->keys; /* in their place: both would not stay in the first level of cache */
     uint8_t *rows = (uint8_t *)m->rows, *wide = (uint8_t *)m->work;
     load_value_codes(&p->values, w->sequence, w->kv_head, first, count, rows, wide, codes);
     const code_scales k = load_code_scales(h.digits, &p->values, w->sequence, w->kv_head, first, count, m->work);
@@ -259,10 +260,9 @@ static void add_values(const plan *p, const piece *w, method h, const memory *m,
   }
 }
 
-static void attend_piece(const plan *p, const piece *w, const memory *m) {
+/* A piece, whose queries are prepared. */
+static void attend_piece(const plan *p, const piece *w, method h, const memory *m) {
   const call *c = p->c;
-  const method h = method_of(p, w->rows);
-  prepare_queries(p, w, h, m);
   memset(m->out, 0, (size_t)(w->rows * c->values.dim) * sizeof *m->out);
   memset(m->total, 0, (size_t)w->rows * LANES * sizeof *m->total);
   for (long r = 0; r < w->rows; r++) m->peak[r] = -INFINITY;
@@ -312,10 +312,8 @@ static void merge_splits(const plan *p, const piece *w, float *partials) {
   }
 }
 
-static void run_piece(void *argument, long item, float *start) {
-  const plan *p = argument;
+static piece piece_of(const plan *p, long unit, long split) {
   const call *c = p->c;
-  const long split = item % p->splits, unit = item / p->splits;
   const long heads = c->batch * c->kv_heads, head = unit % heads;
   const long block = p->row_blocks - 1 - unit / heads; /* causal: those with the most keys first */
   piece w = {.sequence = head / c->kv_heads, .kv_head = head % c->kv_heads, .first_row = block * MOST_ROWS};
@@ -326,23 +324,41 @@ static void run_piece(void *argument, long item, float *start) {
     const long visible = c->count - c->length + position_of(p, &w, w.rows - 1) + 1;
     if (w.end_key > visible) w.end_key = visible;
   }
-  memory m;
-  part_memory(p, start, &m);
-  attend_piece(p, &w, &m);
-  const long value_dim = c->values.dim;
+  return w;
+}
+
+/* Writes the rows of a piece, or where there are splits keeps them until the last of the unit is there. */
+static void finish_piece(const plan *p, const piece *w, long unit, long split, const memory *m) {
+  const long value_dim = p->c->values.dim;
   if (p->splits == 1) {
-    for (long r = 0; r < w.rows; r++) {
-      write_row(p, &w, r, m.out + r * value_dim, m.peak[r], lanes_sum(load(m.total + r * LANES)));
+    for (long r = 0; r < w->rows; r++) {
+      write_row(p, w, r, m->out + r * value_dim, m->peak[r], lanes_sum(load(m->total + r * LANES)));
     }
     return;
   }
   const long width = value_dim + 2, stride = (p->rows < MOST_ROWS ? p->rows : MOST_ROWS) * width;
   float *partials = p->partials + unit * p->splits * stride, *to = partials + split * stride;
-  for (long r = 0; r < w.rows; r++, to += width) {
-    memcpy(to, m.out + r * value_dim, (size_t)value_dim * sizeof *to);
-    to[value_dim] = m.peak[r], to[value_dim + 1] = lanes_sum(load(m.total + r * LANES));
+  for (long r = 0; r < w->rows; r++, to += width) {
+    memcpy(to, m->out + r * value_dim, (size_t)value_dim * sizeof *to);
+    to[value_dim] = m->peak[r], to[value_dim + 1] = lanes_sum(load(m->total + r * LANES));
   }
-  if (__atomic_add_fetch(p->finished + unit, 1, __ATOMIC_ACQ_REL) == p->splits) merge_splits(p, &w, partials);
+  if (__atomic_add_fetch(p->finished + unit, 1, __ATOMIC_ACQ_REL) == p->splits) merge_splits(p, w, partials);
+}
+
+static void attend_pieces(void *argument, items of, float *start) {
+  const plan *p = argument;
+  memory m;
+  part_memory(p, start, &m);
+  long prepared = -1; /* the unit whose queries are in the memory */
+  for (long item; (item = take_item(of)) >= 0;) {
+    const long unit = item / p->splits, split = item % p->splits;
+    const piece w = piece_of(p, unit, split);
+    const method h = method_of(p, w.rows);
+    if (unit != prepared) prepare_queries(p, &w, h, &m);
+    prepared = unit;
+    attend_piece(p, &w, h, &m);
+    finish_piece(p, &w, unit, split, &m);
+  }
 }
 
 /* Waking threads takes as long as this many multiply-adds. */
@@ -353,10 +369,11 @@ static long threads_for(const call *c) {
   return pairs * (c->keys.dim + c->values.dim) < FEWEST_MULTIPLY_ADDS ? 1 : c->threads;
 }
 
-/* Splits of the keys: enough pieces that threads of unequal speed end together, none of too few keys. */
+/* Splits of the keys: enough pieces that threads end together, be they of unequal speed or one woken late; none of too
+   few keys. */
 static void plan_splits(plan *p, long units, long threads) {
   const call *c = p->c;
-  const long wanted = (4 * threads + units - 1) / units, most = c->count / FEWEST_KEYS;
+  const long wanted = (PIECES * threads + units - 1) / units, most = c->count / FEWEST_KEYS;
   p->splits = wanted < most ? wanted : most;
   if (p->splits < 1 || threads < 2) p->splits = 1;
   p->split_keys = (c->count / p->splits + TILE - 1) / TILE * TILE;
@@ -406,7 +423,7 @@ __attribute__((visibility("default"))) int qsdpa_attend(const call *c, double sc
   int failed = p.splits > 1 && !(p.partials && p.finished);
   if (!failed) {
     memory unused;
-    job j = {.run = run_piece, .argument = &p, .items = units * p.splits, .memory = part_memory(&p, NULL, &unused)};
+    job j = {.run = attend_pieces, .argument = &p, .items = units * p.splits, .memory = part_memory(&p, NULL, &unused)};
     failed = !run_job(&j, (int)threads);
   }
   free(p.partials);

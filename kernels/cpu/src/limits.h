@@ -7,8 +7,7 @@
 
 enum { READ_PIECE = 1 << 18, CHAINS = LANES == 8 ? 12 : 16 }; /* floats; accumulators */
 
-static void read_piece(void *argument, long item, float *memory) {
-  const float *from = (const float *)argument + item * READ_PIECE;
+static void read_piece(const float *from, float *memory) {
   vf sum[8] = {{0}};
   for (long i = 0; i < READ_PIECE; i += 8 * LANES) {
     UNROLL for (int k = 0; k < 8; k++) {
@@ -20,14 +19,17 @@ static void read_piece(void *argument, long item, float *memory) {
   store(memory, sum[0]);
 }
 
+static void read_pieces(void *argument, items of, float *memory) {
+  for (long item; (item = take_item(of)) >= 0;) read_piece((const float *)argument + item * READ_PIECE, memory);
+}
+
 /* Reads `pieces` pieces of 1 MiB once, on `threads` threads. Returns 0, or 1 without memory. */
 __attribute__((visibility("default"))) int qsdpa_read(const float *from, long pieces, long threads) {
-  job j = {.run = read_piece, .argument = (void *)from, .items = pieces, .memory = LANES};
+  job j = {.run = read_pieces, .argument = (void *)from, .items = pieces, .memory = LANES};
   return !run_job(&j, (int)threads);
 }
 
-static void multiply_add_piece(void *argument, long item, float *memory) {
-  const long rounds = *(const long *)argument;
+static void multiply_add_piece(long rounds, long item, float *memory) {
   const vf factor = splat(0.999f + 1e-9f * (float)item), term = splat(1e-3f);
   vf sum[CHAINS];
   UNROLL for (int k = 0; k < CHAINS; k++) sum[k] = splat((float)k);
@@ -38,11 +40,15 @@ static void multiply_add_piece(void *argument, long item, float *memory) {
   store(memory, sum[0]);
 }
 
+static void multiply_add_pieces(void *argument, items of, float *memory) {
+  for (long item; (item = take_item(of)) >= 0;) multiply_add_piece(*(const long *)argument, item, memory);
+}
+
 /* Does about `count` float32 multiply-adds on `threads` threads. Returns how many, or 0 without memory. */
 __attribute__((visibility("default"))) long qsdpa_multiply_add(long count, long threads) {
   const long items = 16 * threads;
   long rounds = count / (items * CHAINS * LANES) + 1;
-  job j = {.run = multiply_add_piece, .argument = &rounds, .items = items, .memory = LANES};
+  job j = {.run = multiply_add_pieces, .argument = &rounds, .items = items, .memory = LANES};
   return run_job(&j, (int)threads) ? items * rounds * CHAINS * LANES : 0;
 }
 

@@ -9,19 +9,65 @@
 #include <time.h>
 
 #include "cores.h"
+#include "vector.h"
 
 /* Nanoseconds: a few times what it takes to fall asleep and be woken, or the calls of a layer to follow each other. */
 enum { MOST_THREADS = 256, LONGEST_SPIN = 50000 };
 
-/* memory: the worker's own, of the size the job asked for. */
-typedef void (*task)(void *job, long item, float *memory);
-
+/* Items of a job that one thread takes from the front, in order, and others, when theirs are done, from the back: a
+   thread that wakes up late leaves them its own, and delays the job by no more than an item. */
 typedef struct {
+  _Alignas(64) uint64_t bounds; /* first item left, and in the high half the end */
+} range;
+
+typedef struct job job;
+
+/* Where a thread gets the items of a job: first from its own range. */
+typedef struct {
+  job *from;
+  int own;
+} items;
+
+/* Works on what take_item gives, until that is nothing. memory: the thread's own, of the size the job asked for. */
+typedef void (*task)(void *argument, items of, float *memory);
+
+struct job {
   task run;
   void *argument;
-  long items, next;
-  size_t memory; /* floats that each worker needs */
-} job;
+  long items;
+  size_t memory; /* floats that each thread needs */
+  range *dealt;
+  int ranges, joined;
+};
+
+INLINE uint64_t bounds_of(long first, long end) { return (uint64_t)first | (uint64_t)end << 32; }
+
+static void deal_items(job *j, int ranges, range *to) {
+  j->dealt = to;
+  j->ranges = ranges;
+  j->joined = 0;
+  for (int i = 0; i < ranges; i++) to[i].bounds = bounds_of(j->items * i / ranges, j->items * (i + 1) / ranges);
+}
+
+/* The first or the last item of a range; -1 when there is none left. */
+static long take_from(range *r, int last) {
+  uint64_t old = __atomic_load_n(&r->bounds, __ATOMIC_RELAXED);
+  for (;;) {
+    const long first = (long)(uint32_t)old, end = (long)(old >> 32);
+    if (first >= end) return -1;
+    const uint64_t left = last ? bounds_of(first, end - 1) : bounds_of(first + 1, end);
+    if (__atomic_compare_exchange_n(&r->bounds, &old, left, 1, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+      return last ? end - 1 : first;
+    }
+  }
+}
+
+static long take_item(items of) {
+  job *const j = of.from;
+  long item = of.own < j->ranges ? take_from(j->dealt + of.own, 0) : -1;
+  for (int i = 0; item < 0 && i < j->ranges; i++) item = take_from(j->dealt + (of.own + i) % j->ranges, 1);
+  return item;
+}
 
 static struct {
   pthread_mutex_t owner; /* held by the caller that has the pool */
@@ -32,6 +78,7 @@ static struct {
   int started, active;
   int callers_core; /* that the threads have been moved off */
   pthread_t threads[MOST_THREADS];
+  range dealt[MOST_THREADS]; /* the current job's items */
   struct {
     float *start;
     size_t size;
@@ -66,13 +113,11 @@ static float *worker_memory(int index, size_t size) {
 }
 
 /* Without memory, the items are left to the other workers. */
-static void run_items(job *j, float *memory) {
-  while (memory) {
-    const long item = __atomic_fetch_add(&j->next, 1, __ATOMIC_RELAXED);
-    if (item >= j->items) return;
-    j->run(j->argument, item, memory);
-  }
+static void run_items(job *j, int own, float *memory) {
+  if (memory) j->run(j->argument, (items){j, own}, memory);
 }
+
+static int no_items_left(job *j) { return take_item((items){j, 0}) < 0; }
 
 static void rest(void) {
 #if defined(__x86_64__)
@@ -123,7 +168,7 @@ static void *worker(void *argument) {
     last = pool.jobs;
     __atomic_add_fetch(&pool.active, 1, __ATOMIC_RELAXED);
     pthread_mutex_unlock(&pool.lock);
-    run_items(j, worker_memory(index, j->memory));
+    run_items(j, __atomic_add_fetch(&j->joined, 1, __ATOMIC_RELAXED), worker_memory(index, j->memory));
     take_lock();
     if (__atomic_sub_fetch(&pool.active, 1, __ATOMIC_RELEASE) == 0) pthread_cond_signal(&pool.idle);
     pthread_mutex_unlock(&pool.lock);
@@ -159,16 +204,20 @@ static void take_own_core(void) {
 /* Runs items 0 .. j->items on up to `threads` threads, this one included; returns when all are done. False when there
    was no memory for it. */
 static int run_job(job *j, int threads) {
+  range all;
   if (threads > MOST_THREADS) threads = MOST_THREADS;
   if (pthread_mutex_trylock(&pool.owner)) {
     float *memory = aligned_floats(j->memory);
-    run_items(j, memory);
+    deal_items(j, 1, &all);
+    run_items(j, 0, memory);
     free(memory);
-    return j->next >= j->items;
+    return no_items_left(j);
   }
   if (threads < 2 || j->items < 2) {
-    run_items(j, worker_memory(0, j->memory));
+    deal_items(j, 1, &all);
+    run_items(j, 0, worker_memory(0, j->memory));
   } else {
+    deal_items(j, threads, pool.dealt);
     start_threads(threads);
     take_own_core();
     take_lock();
@@ -176,7 +225,7 @@ static int run_job(job *j, int threads) {
     __atomic_add_fetch(&pool.jobs, 1, __ATOMIC_RELEASE);
     pthread_cond_broadcast(&pool.wake);
     pthread_mutex_unlock(&pool.lock);
-    run_items(j, worker_memory(0, j->memory));
+    run_items(j, 0, worker_memory(0, j->memory));
     take_lock();
     pool.current = NULL; /* whoever wakes up only now has nothing to do */
     pthread_mutex_unlock(&pool.lock);
@@ -185,8 +234,9 @@ static int run_job(job *j, int threads) {
     while (pool.active) pthread_cond_wait(&pool.idle, &pool.lock);
     pthread_mutex_unlock(&pool.lock);
   }
+  const int done = no_items_left(j);
   pthread_mutex_unlock(&pool.owner);
-  return j->next >= j->items;
+  return done;
 }
 
 #endif
