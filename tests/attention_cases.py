@@ -98,6 +98,37 @@ def random_case(seed: int, *, max_count: int = 700, max_length: int = 16) -> Cas
     )
 
 
+def random_wide_case(seed: int) -> Case:
+    """A case of 9 to 64 query rows to a key head, of what the CUDA kernel with warpgroup products takes."""
+    rng = random.Random(seed)
+    key_dim, value_dim = (rng.choice((64, 128, 256)) for _ in range(2))
+    if rng.random() < 0.6:
+        value_dim = key_dim
+    key_format, value_format = (
+        Format.affine(
+            rng.choice((2, 4, 4, 8)), rng.choice((64, 64, 128)) if dim > 64 else 64, symmetric=rng.random() < 0.25
+        )
+        for dim in (key_dim, value_dim)
+    )
+    if rng.random() < 0.4 and key_dim == value_dim:
+        value_format = key_format
+    group, length = rng.choice(((16, 1), (8, 2), (10, 1), (4, 4), (4, 8), (7, 4), (5, 5), (3, 16), (16, 2), (4, 16)))
+    count = max(length, rng.choice((rng.randint(1, 200), rng.randint(1, 3000), 64, 256, 257, 5000)))
+    return replace(
+        random_case(seed),
+        group=group,
+        length=length,
+        count=count,
+        capacity=count + rng.choice((0, 1, 29, 156)),
+        key_dim=key_dim,
+        value_dim=value_dim,
+        dtype=rng.choice((mx.float16, mx.bfloat16)),
+        key_format=key_format,
+        value_format=value_format,
+        rope_dim=0,
+    )
+
+
 def random_prefill_case(seed: int) -> Case:
     """A case of more query rows than the kernels for decoding take, of dimensions that MLX may have no kernel for."""
     rng = random.Random(seed)

@@ -5,6 +5,7 @@ See :mod:`qsdpa_patch.kernels.backends` for the contract.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import mlx.core as mx
@@ -20,6 +21,7 @@ from qsdpa_patch.kernels.cuda.planning import MAX_QUERY_LENGTH, Unsupported
 from qsdpa_patch.kernels.cuda.prefill import PrefillKernel, prefill_kernel
 from qsdpa_patch.kernels.cuda.prefill_plan import CHECKED_LENGTH, prefill_plan
 from qsdpa_patch.kernels.cuda.self_check import failure
+from qsdpa_patch.kernels.cuda.wide_plan import wide_plan
 from qsdpa_patch.kernels.dequantized_sdpa import has_fused_sdpa
 
 __all__ = ["attend", "has_fused_kernel", "is_available"]
@@ -83,12 +85,17 @@ def _kernel(signature: Signature) -> DecodeKernel | MlaKernel | PrefillKernel | 
             return problem or prefill_kernel(prefill_plan(signature, limits))
         except Unsupported as error:
             return str(error)
-    try:
-        kernel = mla_kernel(mla_plan(signature, limits))
+    special: tuple[Callable[[], DecodeKernel | MlaKernel], ...] = (
+        lambda: mla_kernel(mla_plan(signature, limits)),
+        lambda: decode_kernel(wide_plan(signature, limits)),
+    )
+    for make in special:
+        try:
+            kernel = make()
+        except Unsupported:
+            continue  # the general kernel may
         if not failure(kernel):
             return kernel
-    except Unsupported:
-        pass  # the general kernel may
     try:
         general = decode_kernel(decode_plan(signature, limits))
     except Unsupported as error:

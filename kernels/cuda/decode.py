@@ -1,4 +1,4 @@
-"""Launch of the decode kernel."""
+"""Launch of the decode kernels: the general one, and the one with warpgroup products."""
 
 from __future__ import annotations
 
@@ -10,8 +10,17 @@ from qsdpa_patch.kernels.attention_call import AttentionCall
 from qsdpa_patch.kernels.cuda.custom_kernel import CustomKernel, custom_kernel
 from qsdpa_patch.kernels.cuda.decode_plan import DecodePlan
 from qsdpa_patch.kernels.cuda.scales import device_scale
-from qsdpa_patch.kernels.cuda.source import DECODE_OUTPUTS, cuda_type, decode_body, decode_inputs, prologue
+from qsdpa_patch.kernels.cuda.source import (
+    DECODE_HEADERS,
+    DECODE_OUTPUTS,
+    WIDE_HEADERS,
+    cuda_type,
+    decode_body,
+    decode_inputs,
+    prologue,
+)
 from qsdpa_patch.kernels.cuda.tickets import take_tickets
+from qsdpa_patch.kernels.cuda.wide_plan import WidePlan
 
 __all__ = ["DecodeKernel", "decode_kernel"]
 
@@ -19,18 +28,18 @@ _NAME = "qsdpa_decode"
 
 
 @cache
-def decode_kernel(plan: DecodePlan) -> DecodeKernel:
+def decode_kernel(plan: DecodePlan | WidePlan) -> DecodeKernel:
     """The kernel of ``plan``, compiled by MLX when a result of it is first evaluated."""
     return DecodeKernel(plan)
 
 
 class DecodeKernel:
-    """The decode kernel for calls of one signature.
+    """A decode kernel for calls of one signature.
 
     plan: how it runs. source: text that tells compiled kernels apart; several signatures may share it.
     """
 
-    def __init__(self, plan: DecodePlan) -> None:
+    def __init__(self, plan: DecodePlan | WidePlan) -> None:
         self.plan = plan
         self.source = decode_body(_NAME, plan, "float", "float")
         sig = plan.signature
@@ -88,7 +97,7 @@ class DecodeKernel:
                 decode_inputs(plan.signature, stacked),
                 DECODE_OUTPUTS,
                 decode_body(_NAME, plan, mask_type, sink_type, stacked=stacked),
-                prologue(_NAME, plan.threads),
+                prologue(_NAME, plan.threads, WIDE_HEADERS if isinstance(plan, WidePlan) else DECODE_HEADERS),
                 plan.shared_bytes,
             )
         return kernel

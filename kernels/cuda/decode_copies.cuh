@@ -27,8 +27,6 @@ class TileRuns {
   typename C::ValueTile::Places value_places;
 
  public:
-  bool usable;
-
   __device__ __forceinline__ TileRuns(const DecodeArguments<C>& a, const DecodeWork<C>& work)
       : thread(threadIdx.x % C::TEAM_THREADS), key_places(thread), value_places(thread) {
     keep(thread);
@@ -39,7 +37,7 @@ class TileRuns {
     const auto value_scales = a.value_scales.rows(work.batch, work.kv_head);
     const auto value_biases = a.value_biases.rows(work.batch, work.kv_head);
     const auto rope_rows = a.rope_keys.rows(work.batch, 0);
-    usable = rows_contiguous(key_rows, C::KeyTile::ROW_BYTES / 4, C::KeyTile::CHUNK) &&
+    bool usable = rows_contiguous(key_rows, C::KeyTile::ROW_BYTES / 4, C::KeyTile::CHUNK) &&
              rows_contiguous(key_scales, C::KeyScaleTile::ROW, 16) &&
              (!K::HAS_BIAS || rows_contiguous(key_biases, C::KeyScaleTile::ROW, 16));
     keys = reinterpret_cast<const char*>(key_rows.data) + thread * C::KeyTile::CHUNK;
@@ -59,9 +57,12 @@ class TileRuns {
                                      : reinterpret_cast<const char*>(value_biases.data) + at - VALUE_BIAS;
       keep(scales[i]);
     }
+    if (!usable) keys = nullptr;
     keep(keys);
     keep(values);
   }
+
+  __device__ __forceinline__ bool usable() const { return keys != nullptr; }
 
   __device__ __forceinline__ void copy(u32 stage, const DecodeArguments<C>& a, const DecodeWork<C>& work,
                                        int tile) const {
@@ -135,13 +136,13 @@ class TileCopier {
   __device__ __forceinline__ TileCopier(const DecodeArguments<C>& arguments, const DecodeWork<C>& work,
                                         SharedMemory memory)
       : a(arguments), work(work), memory(memory), runs(a, work) {
-    if (!runs.usable) keep_arguments();
+    if (!runs.usable()) keep_arguments();
   }
 
   // Begins to copy tile number `tile`, if there is one, to this shared address: always one group of copies.
   __device__ __forceinline__ void fetch(int tile, u32 stage) const {
     if (tile * C::TILE < work.count) {
-      if (runs.usable) {
+      if (runs.usable()) {
         runs.copy(stage, a, work, tile);
       } else {
         copy_strided<C>(*kept_arguments(), stage, work.batch, work.kv_head, tile * C::TILE);

@@ -87,53 +87,76 @@ class Merger {
     return *last;
   }
 
+  // What one thread merges at once: fours of dimensions of ITEMS rows, of BATCH splits, so that all of their loads are
+  // under way together. Registers are the limit.
+  static constexpr int FOURS = ROWS * DV / 4, EACH = (FOURS + THREADS - 1) / THREADS;
+  static constexpr int LOADS = 8192 / THREADS, ITEMS = EACH < LOADS / MERGED ? EACH : LOADS / MERGED;
+  static constexpr int BATCH = ITEMS > 1 && LOADS / ITEMS < 2 * MERGED ? MERGED : 2 * MERGED;
+
   // Merge the results of `n` splits, `step` apart from `place` on: to the output, or into the first of them.
   __device__ __forceinline__ void merge(i64 place, int n, int step, bool final) const {
-    constexpr int BATCH = 2 * MERGED;  // loads under way at once
     float2* merged = memory.as<float2>(C::TEAM_STATS);
-    for (int i = threadIdx.x; i < ROWS * DV / 4; i += THREADS) {
-      const int row = i / (DV / 4), d = i % (DV / 4) * 4;
-      float* source = a.partials + (place * ROWS + row) * DV + d;
-      float* source_stats = stats + (place * ROWS + row) * 2;
-      float peak = LOWEST, total = 0.0f;
-      float4 x = {};
+    for (int begin = threadIdx.x; begin < FOURS; begin += ITEMS * THREADS) {
+      float4 x[ITEMS] = {};
+      float peak[ITEMS], total[ITEMS] = {};
+#pragma unroll
+      for (int j = 0; j < ITEMS; ++j) peak[j] = LOWEST;
       for (int first = 0; first < n; first += BATCH) {
-        float2 stat[BATCH];
-        float4 y[BATCH];
+        float2 stat[ITEMS][BATCH];
+        float4 y[ITEMS][BATCH];
 #pragma unroll
-        for (int k = 0; k < BATCH; ++k) {
-          stat[k] = {LOWEST, 0.0f};
-          if (first + k < n) stat[k] = load_fresh2(source_stats + (first + k) * step * (ROWS * 2));
-        }
+        for (int j = 0; j < ITEMS; ++j) load_splits(stat[j], y[j], place, begin + j * THREADS, first, n, step);
 #pragma unroll
-        for (int k = 0; k < BATCH; ++k) {
-          y[k] = {};
-          if (first + k < n) y[k] = load_fresh4(source + (first + k) * step * (ROWS * DV));
-        }
-        const float before = peak;
-#pragma unroll
-        for (int k = 0; k < BATCH; ++k) peak = fmaxf(peak, stat[k].x);
-        const float f = exp2_fast(before - peak);
-        total *= f;
-        x = {x.x * f, x.y * f, x.z * f, x.w * f};
-#pragma unroll
-        for (int k = 0; k < BATCH; ++k) {
-          const float w = exp2_fast(stat[k].x - peak);
-          total = fmaf(w, stat[k].y, total);
-          x = {fmaf(w, y[k].x, x.x), fmaf(w, y[k].y, x.y), fmaf(w, y[k].z, x.z), fmaf(w, y[k].w, x.w)};
-        }
+        for (int j = 0; j < ITEMS; ++j) add_splits(x[j], peak[j], total[j], stat[j], y[j]);
       }
-      if (final) {
-        add_sink(row, peak, total, x);
-        store(row, d, x, total);
-      } else {
-        *reinterpret_cast<float4*>(source) = x;
-        if (d == 0) merged[row] = {peak, total};
+#pragma unroll
+      for (int j = 0; j < ITEMS; ++j) {
+        const int i = begin + j * THREADS, row = i / (DV / 4), d = i % (DV / 4) * 4;
+        if (i >= FOURS) break;
+        if (final) {
+          add_sink(row, peak[j], total[j], x[j]);
+          store(row, d, x[j], total[j]);
+        } else {
+          *reinterpret_cast<float4*>(a.partials + (place * ROWS + row) * DV + d) = x[j];
+          if (d == 0) merged[row] = {peak[j], total[j]};
+        }
       }
     }
     if (final) return;
     __syncthreads();  // all have read the first split's
     if (threadIdx.x < ROWS) *reinterpret_cast<float2*>(stats + (place * ROWS + threadIdx.x) * 2) = merged[threadIdx.x];
+  }
+
+  // Four dimensions (number i of all) of the splits from number `first` on, with the maxima and sums of their row.
+  __device__ __forceinline__ void load_splits(float2 (&stat)[BATCH], float4 (&y)[BATCH], i64 place, int i, int first,
+                                              int n, int step) const {
+    const int row = i / (DV / 4), d = i % (DV / 4) * 4;
+    const float* source = a.partials + (place * ROWS + row) * DV + d;
+    const float* source_stats = stats + (place * ROWS + row) * 2;
+#pragma unroll
+    for (int k = 0; k < BATCH; ++k) {
+      stat[k] = {LOWEST, 0.0f}, y[k] = {};
+      if (first + k < n && i < FOURS) {
+        stat[k] = load_fresh2(source_stats + (first + k) * step * (ROWS * 2));
+        y[k] = load_fresh4(source + (first + k) * step * (ROWS * DV));
+      }
+    }
+  }
+
+  __device__ __forceinline__ void add_splits(float4& x, float& peak, float& total, const float2 (&stat)[BATCH],
+                                             const float4 (&y)[BATCH]) const {
+    const float before = peak;
+#pragma unroll
+    for (int k = 0; k < BATCH; ++k) peak = fmaxf(peak, stat[k].x);
+    const float f = exp2_fast(before - peak);
+    total *= f;
+    x = {x.x * f, x.y * f, x.z * f, x.w * f};
+#pragma unroll
+    for (int k = 0; k < BATCH; ++k) {
+      const float w = exp2_fast(stat[k].x - peak);
+      total = fmaf(w, stat[k].y, total);
+      x = {fmaf(w, y[k].x, x.x), fmaf(w, y[k].y, x.y), fmaf(w, y[k].z, x.z), fmaf(w, y[k].w, x.w)};
+    }
   }
 
   // A sink is one more logit, of a key without a value.

@@ -12,7 +12,7 @@ from qsdpa_patch.kernels.cuda.device import DeviceLimits
 from qsdpa_patch.kernels.cuda.planning import Unsupported, check_limits, ideal_splits
 from qsdpa_patch.kernels.format import Format
 
-__all__ = ["DecodePlan", "decode_plan"]
+__all__ = ["DecodePlan", "code_pitch", "decode_plan"]
 
 PART = 16
 """Keys that are the rows of one matrix operand; a tile is one, two or four such parts."""
@@ -126,7 +126,7 @@ def shared_bytes(sig: Signature, rows: int, warps: int, stages: int, parts: int,
     terms = 2 if size == 4 else 1
     row_blocks = -(-rows // 8)
     tile = PART * parts
-    key_pitch, value_pitch = (_code_pitch(f, d) for f, d in _halves(sig))
+    key_pitch, value_pitch = (code_pitch(f, d) for f, d in _halves(sig))
     key_scales = tile * sig.key_format.groups(sig.key_dim) * sig.key_scale_dtype.size
     value_scales = tile * sig.value_format.groups(sig.value_dim) * sig.value_scale_dtype.size
     stage = tile * key_pitch
@@ -151,7 +151,7 @@ def shared_bytes(sig: Signature, rows: int, warps: int, stages: int, parts: int,
     return total + (warps * parts * rows * 64 if team > 1 else 0)
 
 
-def _code_pitch(format: Format, dim: int) -> int:
+def code_pitch(format: Format, dim: int) -> int:
     """Bytes between rows of codes in a tile (``RowTile`` in ``tiles.cuh``)."""
     row_bytes = format.words(dim) * 4
     as_matrices = format.bits in (4, 8) or (format.bits == 2 and format.group_size >= 64)

@@ -59,6 +59,8 @@ struct Format {
   static constexpr u32 CODE_SHIFT = BITS == 3 ? 0x02111000u : BITS == 5 ? 0x01102200u : BITS == 6 ? 0x20202020u : 0;
   // Whether fields of values may stay where they lie, as halves that are subnormal.
   static constexpr bool HAS_RAW_VALUES = MODE == AFFINE;
+  // Whether load_raw_keys() takes them.
+  static constexpr bool HAS_RAW_KEYS = MATRICES && (MODE == AFFINE || MODE == SYMMETRIC);
   // The factor that register j of load_values() wants: by the bit at which its field begins, if it is raw.
   __device__ static constexpr float value_factor(int j, bool raw) {
     const int bit = BITS == 8   ? 0
@@ -305,6 +307,35 @@ __device__ __forceinline__ void load_keys(u32 (&low)[4], u32 (&high)[4], Words& 
         const uint2 w = code_window<F::BITS>(row, t);
         take_eight<F>(d, w.x, w.y);
       }
+    }
+  }
+}
+
+// The bit of the half at which codes of pair p of load_raw_keys() begin: not the lowest, see the top of this file.
+template <typename F>
+__device__ constexpr int raw_key_bit(int p) {
+  return F::BITS == 8 ? 0 : F::BITS == 4 ? 2 + p % 2 * 4 : 2 + 2 * p;
+}
+
+// As load_keys(), with fields raw, times 2^(raw_key_bit() - 24).
+template <typename F, typename Words>
+__device__ __forceinline__ void load_raw_keys(u32 (&low)[4], u32 (&high)[4], Words& words, u32 rows, u32 place,
+                                              int block) {
+  words.load(rows, place, block);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    u32(&d)[4] = half ? high : low;
+    if constexpr (F::BITS == 8) {
+      d[0] = take_bytes<F, 0, 1, true>(words.w[half]), d[1] = take_bytes<F, 2, 3, true>(words.w[half]);
+      d[2] = take_bytes<F, 0, 1, true>(words.w[half + 2]), d[3] = take_bytes<F, 2, 3, true>(words.w[half + 2]);
+    } else if constexpr (F::BITS == 4) {
+      const u32 w = words.of(block, half), first = w << 2, last = w >> 6;
+      d[0] = take_fields<F, 2, 2, true>(first), d[1] = take_fields<F, 6, 6, true>(first);
+      d[2] = take_fields<F, 2, 2, true>(last), d[3] = take_fields<F, 6, 6, true>(last);
+    } else {
+      const u32 w = words.of(block, half), x = block % 2 ? w >> 6 : w << 2;
+      d[0] = take_fields<F, 2, 2, true>(x), d[1] = take_fields<F, 4, 4, true>(x);
+      d[2] = take_fields<F, 6, 6, true>(x), d[3] = take_fields<F, 8, 8, true>(x);
     }
   }
 }

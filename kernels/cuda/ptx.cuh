@@ -175,6 +175,13 @@ __device__ __forceinline__ void load_two_matrices(u32& d0, u32& d1, u32 address)
   }
 }
 
+// Four such matrices from registers; lane i gives the address of row i % 8 of matrix i / 8. sm_90 and later.
+__device__ __forceinline__ void store_matrices(u32 address, u32 a, u32 b, u32 c, u32 d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(a), "r"(b), "r"(c),
+               "r"(d)
+               : "memory");
+}
+
 __device__ __forceinline__ u32 load_word(u32 address) {
   u32 d;
   asm volatile("ld.shared.b32 %0, [%1];" : "=r"(d) : "r"(address) : "memory");
@@ -220,6 +227,17 @@ __device__ __forceinline__ void copy_async(u32 shared, const void* device, int v
 template <int THREADS>
 __device__ __forceinline__ void group_barrier(int id) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(THREADS) : "memory");
+}
+
+// The same; whether `x` holds for any of them.
+template <int THREADS>
+__device__ __forceinline__ bool group_any(int id, bool x) {
+  u32 any;
+  asm volatile("{.reg .pred p, q; setp.ne.u32 p, %1, 0; bar.red.or.pred q, %2, %3, p; selp.u32 %0, 1, 0, q;}"
+               : "=r"(any)
+               : "r"(static_cast<u32>(x)), "r"(id), "n"(THREADS)
+               : "memory");
+  return any != 0;
 }
 
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }

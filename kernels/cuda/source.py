@@ -17,6 +17,7 @@ from qsdpa_patch.kernels.attention_call import Signature
 from qsdpa_patch.kernels.cuda.decode_plan import DecodePlan
 from qsdpa_patch.kernels.cuda.mla_plan import MlaPlan
 from qsdpa_patch.kernels.cuda.prefill_plan import PrefillPlan
+from qsdpa_patch.kernels.cuda.wide_plan import WidePlan
 from qsdpa_patch.kernels.format import Format
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "MLA_HEADERS",
     "MLA_OUTPUTS",
     "PREFILL_HEADERS",
+    "WIDE_HEADERS",
     "cuda_type",
     "decode_body",
     "decode_inputs",
@@ -40,10 +42,14 @@ __all__ = [
 ]
 
 _COMMON = ("ptx.cuh", "formats.cuh", "tiles.cuh", "operands.cuh")
+_DECODE_PARTS = ("decode_config.cuh", "decode_work.cuh", "decode_copies.cuh", "decode_queries.cuh", "decode_merge.cuh")
 DECODE_HEADERS = (
-    *_COMMON, "decode_config.cuh", "decode_work.cuh", "decode_copies.cuh", "decode_queries.cuh",
-    "decode_query_operands.cuh", "decode_scores.cuh", "decode_logits.cuh", "decode_values.cuh", "decode_softmax.cuh",
-    "decode_merge.cuh", "decode.cuh",
+    *_COMMON, *_DECODE_PARTS, "decode_query_operands.cuh", "decode_scores.cuh", "decode_logits.cuh",
+    "decode_values.cuh", "decode_softmax.cuh", "decode.cuh",
+)  # fmt: skip
+WIDE_HEADERS = (
+    *_COMMON, "wgmma.cuh", "unpack.cuh", *_DECODE_PARTS, "wide_config.cuh", "wide_queries.cuh", "wide_scores.cuh",
+    "wide_mask.cuh", "wide_values.cuh", "wide_softmax.cuh", "wide.cuh",
 )  # fmt: skip
 _WARPGROUPS = (*_COMMON, "wgmma.cuh", "unpack.cuh", "softmax.cuh")
 MLA_HEADERS = (*_WARPGROUPS, "mla.cuh")
@@ -125,7 +131,9 @@ def _sink_stride(sig: Signature) -> str:
     return "sinks_strides[0]" if sig.has_sinks else "0"
 
 
-def decode_body(name: str, plan: DecodePlan, mask_type: str, sink_type: str, *, stacked: bool = False) -> str:
+def decode_body(
+    name: str, plan: DecodePlan | WidePlan, mask_type: str, sink_type: str, *, stacked: bool = False
+) -> str:
     """The body of the decode kernel ``name``. ``mask_type`` and ``sink_type`` are CUDA types.
 
     stacked: keys and values come as the two arrays of a ``PackedStack``.
@@ -143,24 +151,33 @@ def decode_body(name: str, plan: DecodePlan, mask_type: str, sink_type: str, *, 
     operands = [operand(member) for member in _OPERANDS]
     operands.insert(_OPERANDS.index("sinks") + 1, _sink_stride(sig))
     arguments = ", ".join([*operands, "const_cast<uint32_t*>(tickets)", *DECODE_OUTPUTS])
-    parameters = ", ".join(
+    decoder = "WideDecoder" if isinstance(plan, WidePlan) else "Decoder"
+    return (
+        f"{_end_of_bounds(name)}"
+        f"using Config = qsdpa::{_decode_config(plan, mask_type, sink_type)};\n"
+        f'static_assert(Config::SHARED_BYTES == {plan.shared_bytes}, "the plan and the kernel disagree");\n'
+        "extern __shared__ __align__(1024) char qsdpa_shared[];\n"
+        f"const qsdpa::DecodeArguments<Config> arguments{{{arguments}}};\n"
+        f"qsdpa::{decoder}<Config>(arguments, qsdpa_shared).run();\n"
+    )
+
+
+def _decode_config(plan: DecodePlan | WidePlan, mask_type: str, sink_type: str) -> str:
+    """What a decode kernel is specialized on."""
+    sig = plan.signature
+    common = ", ".join(
         (
             _TYPES[sig.dtype],
             f"{sig.key_dim}, {sig.value_dim}",
             _format(sig.key_format, sig.key_scale_dtype),
             _format(sig.value_format, sig.value_scale_dtype),
-            f"{plan.rows}, {_mask_kind(sig)}, {mask_type}, {sink_type}, {sig.rope_dim}, {int(sig.shared_kv)}",
-            f"{plan.warps}, {plan.stages}, {plan.parts}, {plan.team}",
+            f"{plan.rows}, {_mask_kind(sig)}, {mask_type}, {sink_type}",
         )
     )
-    return (
-        f"{_end_of_bounds(name)}"
-        f"using Config = qsdpa::DecodeConfig<{parameters}>;\n"
-        f'static_assert(Config::SHARED_BYTES == {plan.shared_bytes}, "the plan and the kernel disagree");\n'
-        "extern __shared__ __align__(16) char qsdpa_shared[];\n"
-        f"const qsdpa::DecodeArguments<Config> arguments{{{arguments}}};\n"
-        "qsdpa::Decoder<Config>(arguments, qsdpa_shared).run();\n"
-    )
+    if isinstance(plan, WidePlan):
+        return f"WideConfig<{common}, {plan.teams}, {plan.stages}>"
+    cut = f"{plan.warps}, {plan.stages}, {plan.parts}, {plan.team}"
+    return f"DecodeConfig<{common}, {sig.rope_dim}, {int(sig.shared_kv)}, {cut}>"
 
 
 MLA_OUTPUTS = ["partials", "stats"]

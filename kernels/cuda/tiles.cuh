@@ -167,6 +167,10 @@ struct ScaleRow {
       return *reinterpret_cast<const T*>(__cvta_shared_to_generic(address + i * sizeof(T)));
     }
   }
+  // Of any number, at run time.
+  __device__ __forceinline__ T at(int i) const {
+    return *reinterpret_cast<const T*>(__cvta_shared_to_generic(address + i * sizeof(T)));
+  }
   __device__ __forceinline__ static T from_bits(unsigned short bits) {
     T x;
     memcpy(&x, &bits, sizeof(T));

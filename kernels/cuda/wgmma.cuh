@@ -128,6 +128,39 @@ __device__ __forceinline__ void multiply_columns(float (&c)[8][4], const u32 (&a
 #undef QSDPA_PRODUCT
 }
 
+// c[64 x 16] = a * b, or += with `add`: 16 columns of a in registers, b in shared memory, its contraction along the rows
+// or (DOWN) down them.
+template <bool BF16, bool DOWN>
+__device__ __forceinline__ void multiply_left(float (&c)[2][4], const u32 (&a)[4], u64 b, int add) {
+#define QSDPA_PRODUCT(TYPE)                                                                                   \
+  asm volatile("{.reg .pred p; setp.ne.b32 p, %13, 0;" QSDPA_MULTIPLY("m64n16k16", TYPE)                       \
+               "%0,%1,%2,%3,%4,%5,%6,%7}, {%8,%9,%10,%11}, %12, p, 1, 1, %14;}"                               \
+               : QSDPA_4(0), QSDPA_4(1)                                                                       \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(DOWN ? 1 : 0))
+  if constexpr (BF16) {
+    QSDPA_PRODUCT("bf16");
+  } else {
+    QSDPA_PRODUCT("f16");
+  }
+#undef QSDPA_PRODUCT
+}
+
+// c[64 x 32], likewise.
+template <bool BF16, bool DOWN>
+__device__ __forceinline__ void multiply_left(float (&c)[4][4], const u32 (&a)[4], u64 b, int add) {
+#define QSDPA_PRODUCT(TYPE)                                                                                   \
+  asm volatile("{.reg .pred p; setp.ne.b32 p, %21, 0;" QSDPA_MULTIPLY("m64n32k16", TYPE)                       \
+               "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, {%16,%17,%18,%19}, %20, p, 1, 1, %22;}" \
+               : QSDPA_16(0)                                                                                  \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(DOWN ? 1 : 0))
+  if constexpr (BF16) {
+    QSDPA_PRODUCT("bf16");
+  } else {
+    QSDPA_PRODUCT("f16");
+  }
+#undef QSDPA_PRODUCT
+}
+
 #undef QSDPA_4
 #undef QSDPA_16
 #undef QSDPA_64

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from itertools import cycle
+from itertools import cycle, product
 
 import mlx.core as mx
 import pytest
@@ -15,6 +15,7 @@ from qsdpa_patch.kernels.cuda import backend, tickets
 from qsdpa_patch.kernels.cuda.decode import DecodeKernel
 from qsdpa_patch.kernels.cuda.decode_plan import decode_plan
 from qsdpa_patch.kernels.cuda.device import HOPPER, DeviceLimits, device_limits
+from qsdpa_patch.kernels.cuda.wide_plan import wide_plan
 from qsdpa_patch.kernels.format import FLOAT_FORMATS, Format
 from qsdpa_patch.kernels.quantized_tensor import PackedStack, QuantizedTensor, quantize, stack_parts
 from tests.attention_cases import (
@@ -28,6 +29,7 @@ from tests.attention_cases import (
     random_case,
     random_mla_case,
     random_prefill_case,
+    random_wide_case,
     relative_error,
 )
 
@@ -62,6 +64,63 @@ def test_random_calls(seed: int) -> None:
 def test_random_mla_calls(seed: int) -> None:
     case = random_mla_case(seed)
     _check(build(case), str(case))
+
+
+def _check_wide(call: AttentionCall, description: str) -> None:
+    """Where the device has warpgroup products, the kernel with them takes the call."""
+    limits = device_limits()
+    assert limits is not None
+    if limits.capability == HOPPER.capability:
+        kernel = DecodeKernel(wide_plan(call.signature, limits))
+        error = relative_error(kernel(call), expected(call))
+        assert error <= TOLERANCES[call.signature.dtype], f"error {error:.2g} in {description}"
+    _check(call, description)
+
+
+@pytest.mark.parametrize("seed", range(80))
+def test_random_calls_of_some_query_rows(seed: int) -> None:
+    case = random_wide_case(seed)
+    check = _check_wide if case.group * case.length > 16 else _check
+    check(build(case), str(case))
+
+
+_WIDE = Case(seed=1, kv_heads=2, group=4, length=8, count=20000, capacity=20100, key_dim=128, value_dim=128)
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
+@pytest.mark.parametrize("format", [Format.affine(b, g) for b in (2, 4, 8) for g in (64, 128)], ids=str)
+def test_some_query_rows_of_every_format(format: Format, dtype: mx.Dtype) -> None:
+    """Several rounds of tiles, with outlier channels."""
+    case = replace(_WIDE, dtype=dtype, key_format=format, value_format=format, outliers=True, mask="causal")
+    _check_wide(build(case), str(case))
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_some_query_rows_with_masks_and_sinks(dim: int, mask: str) -> None:
+    case = replace(_WIDE, dtype=mx.float16, key_dim=dim, value_dim=dim, mask=mask, sinks=True)
+    case = replace(case, batch=2, group=5, length=5, count=3001, capacity=3001)
+    _check_wide(build(case), str(case))
+
+
+@pytest.mark.parametrize("size", [1e-4, 1.0, 300.0])
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
+@pytest.mark.parametrize("format", [Format.affine(4), Format.affine(8, symmetric=True)], ids=str)
+def test_magnitudes_of_values_with_some_query_rows(format: Format, dtype: mx.Dtype, size: float) -> None:
+    """Of very different size by key, and at first all alike, which makes scales tiny beside biases."""
+    mx.random.seed(3)
+    queries, keys, values = (mx.random.normal((1, heads, n, 128)) for heads, n in ((8, 8), (2, 4001), (2, 4001)))
+    values = values * size * mx.exp(2 * mx.random.normal((1, 2, 4001, 1)))
+    values[:, :, :1000] = size * mx.random.normal((1, 2, 1000, 1))
+    packed = [quantize(x.astype(dtype), format) for x in (keys, mx.clip(values, -6e4, 6e4))]
+    _check_wide(check_call(queries.astype(dtype), *packed, scale=0.1), f"{format} {dtype} values of size {size}")
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.05, 0.5])
+@pytest.mark.parametrize("mask", ["none", "additive"])
+def test_scales_out_of_the_ordinary_with_some_query_rows(mask: str, scale: float) -> None:
+    call = build(replace(_WIDE, dtype=mx.float16, count=500, capacity=500, mask=mask))
+    _check_wide(replace(call, scale=scale), f"scale {scale}")
 
 
 _FORMATS_AND_DTYPES = list(zip(FORMATS, cycle((mx.float16, mx.bfloat16)), strict=False))
@@ -218,10 +277,11 @@ def test_magnitudes_of_values_far_from_one(format: Format, dtype: mx.Dtype, size
     [
         Case(seed=9, group=4, count=500, capacity=512, mask="additive"),
         Case(seed=9, group=4, length=4, count=70, capacity=80, key_dim=128, value_dim=128, mask="causal", sinks=True),
+        Case(seed=9, group=4, length=7, count=700, capacity=720, key_dim=64, value_dim=128, mask="additive"),
         Case(seed=9, group=4, length=40, count=200, capacity=256, key_dim=256, value_dim=256, mask="causal"),
         Case(seed=9, kv_heads=1, group=64, count=200, capacity=256, key_dim=512, value_dim=512, rope_dim=64),
     ],
-    ids=["one position", "four positions", "a prompt", "absorbed MLA"],
+    ids=["one position", "four positions", "seven positions", "a prompt", "absorbed MLA"],
 )
 def test_queries_that_are_not_finite(case: Case, format: Format, dtype: mx.Dtype) -> None:
     call = build(replace(case, key_format=format, value_format=format, dtype=dtype))
@@ -235,10 +295,12 @@ def test_rows_that_do_not_follow_each_other() -> None:
     """Caches laid out [B, N, H, D] and odd offsets: strides and alignment that no fast path covers."""
     mx.random.seed(4)
     x = mx.random.normal((2, 301, 3, 64)).astype(mx.float16)
-    for format in (Format.affine(4), Format.affine(3, 32), Format.affine(8), Format.named("nvfp4")):
+    for format, length in product(
+        (Format.affine(4), Format.affine(3, 32), Format.affine(8), Format.named("nvfp4")), (2, 12)
+    ):
         whole = quantize(x, format)
         tensor = _rebuilt(whole, lambda part: mx.swapaxes(part, 1, 2)[:, :, 1:300])
-        queries = mx.swapaxes(mx.random.normal((2, 2, 6, 64)).astype(mx.float16), 1, 2)
+        queries = mx.swapaxes(mx.random.normal((2, length, 6, 64)).astype(mx.float16), 1, 2)
         _check(check_call(queries, tensor, tensor, scale=0.125, mask="causal"), f"{format} transposed")
 
 

@@ -20,6 +20,7 @@ from qsdpa_patch.kernels.cuda.mla_plan import mla_plan
 from qsdpa_patch.kernels.cuda.prefill import PrefillKernel
 from qsdpa_patch.kernels.cuda.prefill_plan import prefill_plan
 from qsdpa_patch.kernels.cuda.row_quantization import row_kernel
+from qsdpa_patch.kernels.cuda.wide_plan import wide_plan
 from qsdpa_patch.kernels.format import Format
 from qsdpa_patch.kernels.row_kernel import OUTPUTS, Rows
 from tests.attention_cases import Case, build
@@ -122,6 +123,25 @@ def test_decoding(compiled: Callable[[str], list[str]], limits: DeviceLimits, ar
     DecodeKernel(decode_plan(call.signature, limits))(call)
     (messages,) = compiled(architecture)
     assert case.mask == "additive" or _spilled(messages) == 0
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(seed=0, dtype=mx.float16, group=4, length=8, key_dim=128, value_dim=128, mask="causal", stacked=True),
+        Case(seed=0, dtype=mx.bfloat16, group=16, key_dim=256, value_dim=256, mask="additive", sinks=True),
+        Case(
+            seed=0, dtype=mx.bfloat16, group=5, length=7, value_dim=256, mask="bool",
+            key_format=Format.affine(2, symmetric=True), value_format=Format.affine(8, 128),
+        ),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_decoding_some_query_rows(compiled: Callable[[str], list[str]], case: Case) -> None:
+    call = build(case)
+    DecodeKernel(wide_plan(call.signature, HOPPER))(call)
+    (messages,) = compiled("90a")
+    assert "serialized" not in messages  # by ptxas, where registers do not suffice for products under way
 
 
 def test_absorbed_mla(compiled: Callable[[str], list[str]]) -> None:

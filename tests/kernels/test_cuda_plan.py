@@ -22,6 +22,7 @@ from qsdpa_patch.kernels.cuda.source import (
     DECODE_HEADERS,
     MLA_HEADERS,
     PREFILL_HEADERS,
+    WIDE_HEADERS,
     decode_body,
     decode_inputs,
     headers,
@@ -34,9 +35,10 @@ from qsdpa_patch.kernels.cuda.source import (
     prologue,
 )
 from qsdpa_patch.kernels.cuda.warpgroups import TILE
+from qsdpa_patch.kernels.cuda.wide_plan import WidePlan, wide_plan
 from qsdpa_patch.kernels.format import Format
 from qsdpa_patch.kernels.quantized_tensor import quantize
-from tests.attention_cases import FORMATS, build, random_case, random_mla_case
+from tests.attention_cases import FORMATS, build, random_case, random_mla_case, random_wide_case
 
 ADA = DeviceLimits((8, 9), 128, 100 * 1024, 99 * 1024)
 
@@ -47,7 +49,7 @@ def _signature(**changes: object) -> Signature:
     return base._replace(**changes)  # type: ignore[arg-type]
 
 
-def _covered_rows(plan: DecodePlan) -> int:
+def _covered_rows(plan: DecodePlan | WidePlan) -> int:
     return plan.row_tiles * plan.rows
 
 
@@ -118,7 +120,11 @@ def test_bodies_name_every_input_and_no_other(seed: int, stacked: bool) -> None:
     assert ("mask" in viewed) == (sig.mask in ("bool", "additive"))
 
 
-@pytest.mark.parametrize("names", [DECODE_HEADERS, MLA_HEADERS, PREFILL_HEADERS], ids=["decode", "mla", "prefill"])
+@pytest.mark.parametrize(
+    "names",
+    [DECODE_HEADERS, WIDE_HEADERS, MLA_HEADERS, PREFILL_HEADERS],
+    ids=["decode", "wide", "mla", "prefill"],
+)
 def test_headers_are_found_in_order(names: tuple[str, ...]) -> None:
     paths = re.findall(r'#include "([^"]+)"', headers(names))
     assert tuple(path.rsplit("/", 1)[-1] for path in paths) == names
@@ -192,6 +198,61 @@ def test_bodies_of_absorbed_mla_name_every_input_and_no_other(mask: str, sinks: 
     merge = mla_merge_body("k", sig, "float")
     assert all(re.search(rf"\b{name}(_shape)?\b", merge) for name in mla_merge_inputs(sig))
     assert re.search(r"\bsinks\b", merge) is not None or not sinks
+
+
+def _wide_signature(**changes: object) -> Signature:
+    return _signature(**({"query_length": 8, "mask": "causal"} | changes))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_plans_with_warpgroup_products_serve_all_rows_within_the_devices_limits(seed: int) -> None:
+    case = random_wide_case(seed)
+    sig = build(replace(case, count=16, capacity=16)).signature
+    if case.group * case.length <= 16 and case.value_dim <= 128:
+        with pytest.raises(Unsupported, match="query rows"):
+            wide_plan(sig, HOPPER)
+        return
+    plan = wide_plan(sig, HOPPER)
+    assert _covered_rows(plan) >= case.group * case.length
+    assert plan.rows in (16, 32)
+    assert plan.stages >= 3
+    assert plan.shared_bytes <= HOPPER.shared_per_block
+    assert plan.keys_to_check > plan.splits(plan.keys_to_check) * plan.teams * plan.stages * TILE
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"query_length": 4}, "16 query rows"),
+        ({"query_length": 17}, "query length 17"),
+        ({"dtype": mx.float32}, "16-bit queries"),
+        ({"key_format": Format.affine(3)}, "3-bit g64: warpgroup products take 2, 4 and 8 bits"),
+        ({"value_format": Format.affine(4, 32)}, "4-bit g32: warpgroup products take"),
+        ({"value_format": Format.named("mxfp8"), "value_scale_dtype": mx.uint8}, "mxfp8: warpgroup products take"),
+        ({"key_dim": 192}, "dimension 192"),
+        ({"rope_dim": 64}, "rope terms"),
+        ({"shared_kv": True}, "values that are the keys"),
+    ],
+)
+def test_warpgroup_products_for_some_query_rows_refuse_the_rest(changes: dict[str, object], reason: str) -> None:
+    with pytest.raises(Unsupported, match=reason):
+        wide_plan(_wide_signature(**changes), HOPPER)
+
+
+@pytest.mark.usefixtures("hopper")
+def test_warpgroup_products_take_more_rows_than_a_warp_holds_well() -> None:
+    for length, dim, wide in ((4, 128, False), (5, 128, True), (16, 64, True), (2, 256, False), (3, 256, True)):
+        kernel = backend._kernel(_signature(query_length=length, key_dim=dim, value_dim=dim))
+        assert isinstance(kernel, DecodeKernel)
+        assert isinstance(kernel.plan, WidePlan) == wide
+
+
+@pytest.mark.usefixtures("hopper")
+def test_the_general_kernel_stands_in_for_one_that_fails_its_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "failure", lambda kernel: "wrong" if isinstance(kernel.plan, WidePlan) else "")
+    kernel = backend._kernel(_wide_signature())
+    assert isinstance(kernel, DecodeKernel)
+    assert isinstance(kernel.plan, DecodePlan)
 
 
 def _prefill_signature(**changes: object) -> Signature:
