@@ -129,6 +129,8 @@ def thread_count() -> int:
 def attend(call: AttentionCall) -> mx.array:
     """Attention ``[B, Hq, L, Dv]`` of ``call`` in the queries' dtype: lazy, or evaluated where the graph has no kernel.
 
+    Without enough memory for the kernel's own, evaluating a lazy output raises ``RuntimeError``.
+
     Raises:
         Declined: the inputs are traced (``mx.compile``, ``mx.vmap``, ``mx.grad``). Where inputs are evaluated also if
             rows are not contiguous, or there is not enough memory.

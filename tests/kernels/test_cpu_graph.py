@@ -16,11 +16,13 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from qsdpa_patch.kernels.attention_call import AttentionCall
+from qsdpa_patch.caches import QuantizedKVCache
+from qsdpa_patch.kernels.attention_call import AttentionCall, check_call
 from qsdpa_patch.kernels.backends import Declined
 from qsdpa_patch.kernels.cpu import backend, graph, library, plans
 from qsdpa_patch.kernels.cpu.compiler import CXX, Compiler, CompilerError, find_compiler
 from qsdpa_patch.kernels.cpu.graph import Graph, GraphError
+from qsdpa_patch.kernels.format import Format
 from tests.attention_cases import Case, build, relative_error
 from tests.kernels.double_precision import attend_in_double
 
@@ -178,6 +180,26 @@ def test_calls_may_depend_on_each_other() -> None:
     for _ in range(20):
         out, wanted = backend.attend(replace(call, queries=out)), attend_in_double(replace(call, queries=wanted))
     assert relative_error(out, wanted) <= 1e-4
+
+
+def test_a_cache_may_grow_while_steps_are_computed() -> None:
+    """Rows are written in place, beside those that calls of the step before may still be reading."""
+
+    def steps(attend: Callable[[AttentionCall], mx.array]) -> list[mx.array]:
+        mx.random.seed(1)
+        cache = QuantizedKVCache(Format.affine(4, 64), Format.affine(8, 32))
+        weights, x, outs = mx.random.normal((3, 128, 128)) * 0.1, mx.random.normal((1, 1, 128)), []
+        for _ in range(300):
+            queries, keys, values = ((x @ w).reshape(1, 1, 2, 64).swapaxes(1, 2) for w in weights)
+            quantized: Any = cache.update_and_fetch(keys, values)
+            out = attend(check_call(queries, *quantized, scale=0.125))
+            del quantized
+            x = mx.tanh(x + out.swapaxes(1, 2).reshape(1, 1, 128)) * 2
+            _async_eval(x)
+            outs.append(x)
+        return outs
+
+    assert mx.array_equal(mx.stack(steps(backend.attend)), mx.stack(steps(backend.attend_evaluated)))
 
 
 def test_without_keys_the_output_is_zero() -> None:
