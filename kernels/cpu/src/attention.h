@@ -428,6 +428,7 @@ __attribute__((visibility("default"))) int qsdpa_attend(const call *c, double sc
   }
   free(p.partials);
   free(p.finished);
+  clear_upper_halves();
   return failed ? NO_MEMORY : DONE;
 }
 
