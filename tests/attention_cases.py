@@ -101,7 +101,7 @@ def random_case(seed: int, *, max_count: int = 700, max_length: int = 16) -> Cas
 def random_wide_case(seed: int) -> Case:
     """A case of 9 to 64 query rows to a key head, of what the CUDA kernel with warpgroup products takes."""
     rng = random.Random(seed)
-    key_dim, value_dim = (rng.choice((64, 128, 256)) for _ in range(2))
+    key_dim, value_dim = (rng.choice((128, 256)) for _ in range(2))
     if rng.random() < 0.6:
         value_dim = key_dim
     key_format, value_format = (

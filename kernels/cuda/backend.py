@@ -5,16 +5,15 @@ See :mod:`qsdpa_patch.kernels.backends` for the contract.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 
 import mlx.core as mx
 
 from qsdpa_patch.kernels.attention_call import AttentionCall, Signature
 from qsdpa_patch.kernels.backends import Declined
-from qsdpa_patch.kernels.cuda.decode import DecodeKernel, decode_kernel
+from qsdpa_patch.kernels.cuda.decode import DecodeByLength, DecodeKernel, decode_kernel
 from qsdpa_patch.kernels.cuda.decode_plan import decode_plan
-from qsdpa_patch.kernels.cuda.device import device_limits
+from qsdpa_patch.kernels.cuda.device import DeviceLimits, device_limits
 from qsdpa_patch.kernels.cuda.mla import MlaKernel, mla_kernel
 from qsdpa_patch.kernels.cuda.mla_plan import mla_plan
 from qsdpa_patch.kernels.cuda.planning import MAX_QUERY_LENGTH, Unsupported
@@ -72,7 +71,7 @@ def attend(call: AttentionCall) -> mx.array:
 
 
 @cache
-def _kernel(signature: Signature) -> DecodeKernel | MlaKernel | PrefillKernel | str:
+def _kernel(signature: Signature) -> DecodeKernel | DecodeByLength | MlaKernel | PrefillKernel | str:
     """The fastest kernel that takes ``signature`` and passes its check on this device, or why there is none."""
     limits = device_limits()
     assert limits is not None
@@ -85,19 +84,35 @@ def _kernel(signature: Signature) -> DecodeKernel | MlaKernel | PrefillKernel | 
             return problem or prefill_kernel(prefill_plan(signature, limits))
         except Unsupported as error:
             return str(error)
-    special: tuple[Callable[[], DecodeKernel | MlaKernel], ...] = (
-        lambda: mla_kernel(mla_plan(signature, limits)),
-        lambda: decode_kernel(wide_plan(signature, limits)),
-    )
-    for make in special:
-        try:
-            kernel = make()
-        except Unsupported:
-            continue  # the general kernel may
+    try:
+        kernel = mla_kernel(mla_plan(signature, limits))
         if not failure(kernel):
             return kernel
+    except Unsupported:
+        pass  # the general kernel may
+    return _decode_kernel(signature, limits)
+
+
+def _decode_kernel(signature: Signature, limits: DeviceLimits) -> DecodeKernel | DecodeByLength | str:
+    """The general kernel, the one with warpgroup products, or both, each for the contexts that it is faster for.
+
+    Both are compiled at once, so that a text that grows is never held up.
+    """
+    wide: DecodeKernel | None = None
+    fewest_keys = 0
+    try:
+        plan = wide_plan(signature, limits)
+        if not failure(decode_kernel(plan)):
+            wide, fewest_keys = decode_kernel(plan), plan.fewest_keys
+    except Unsupported:
+        pass  # the general kernel may
+    if wide is not None and fewest_keys == 0:
+        return wide
     try:
         general = decode_kernel(decode_plan(signature, limits))
     except Unsupported as error:
-        return str(error)
-    return failure(general) or general
+        return wide or str(error)
+    problem = failure(general)
+    if wide is None:
+        return problem or general
+    return wide if problem else DecodeByLength(general, wide, fewest_keys)

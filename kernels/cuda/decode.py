@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 
 import mlx.core as mx
@@ -22,7 +23,7 @@ from qsdpa_patch.kernels.cuda.source import (
 from qsdpa_patch.kernels.cuda.tickets import take_tickets
 from qsdpa_patch.kernels.cuda.wide_plan import WidePlan
 
-__all__ = ["DecodeKernel", "decode_kernel"]
+__all__ = ["DecodeByLength", "DecodeKernel", "decode_kernel"]
 
 _NAME = "qsdpa_decode"
 
@@ -101,3 +102,16 @@ class DecodeKernel:
                 plan.shared_bytes,
             )
         return kernel
+
+
+@dataclass(frozen=True)
+class DecodeByLength:
+    """Two kernels for calls of one signature: the one for contexts of ``fewest_keys`` and more, and the other."""
+
+    short: DecodeKernel
+    long: DecodeKernel
+    fewest_keys: int
+
+    def __call__(self, call: AttentionCall) -> mx.array:
+        """Attention ``[B, Hq, L, Dv]`` of ``call``, lazy."""
+        return (self.long if call.key_count >= self.fewest_keys else self.short)(call)

@@ -21,31 +21,35 @@ class QueryRows {
   const int lane, warp;
 
  public:
-  using Raw = float[ROWS_OF_WARP][D / 32];  // a warp's rows: every 32nd number from the lane's on
+  struct Raw {
+    float rows[ROWS_OF_WARP][D / 32];  // a warp's: every 32nd number from the lane's on
+    float scale;
+  };
 
   __device__ __forceinline__ QueryRows(const DecodeArguments<C>& arguments, const DecodeWork<C>& work,
                                        const DecodeLane<C>& place, SharedMemory memory)
       : a(arguments), work(work), memory(memory), lane(place.lane), warp(place.warp) {}
 
   __device__ __forceinline__ void load(Raw& raw) const {
+    raw.scale = *a.scale;
 #pragma unroll
     for (int k = 0; k < ROWS_OF_WARP; ++k) {
       const T* source = work.query_row(a.queries, warp + k * C::WARPS);
 #pragma unroll
-      for (int i = 0; i < D / 32; ++i) raw[k][i] = to_float(source[(32 * i + lane) * a.queries.strides[3]]);
+      for (int i = 0; i < D / 32; ++i) raw.rows[k][i] = to_float(source[(32 * i + lane) * a.queries.strides[3]]);
     }
   }
 
   // All of it to shared memory; the block has to wait for it.
   __device__ __forceinline__ void store(Raw& raw) const {
     // The sign goes to the queries, so that the largest score is the largest logit.
-    const float sign = *a.scale < 0.0f ? -1.0f : 1.0f;
-    const float scale = fabsf(*a.scale) * LOG2E * (K::SCALED_CODES ? K::CODE_FACTOR : 1.0f) * C::SCORE_UNIT;
+    const float sign = raw.scale < 0.0f ? -1.0f : 1.0f;
+    const float scale = fabsf(raw.scale) * LOG2E * (K::SCALED_CODES ? K::CODE_FACTOR : 1.0f) * C::SCORE_UNIT;
 #pragma unroll
     for (int k = 0; k < ROWS_OF_WARP; ++k) {
       const int row = warp + k * C::WARPS;
       if (row >= ROWS) break;
-      float(&x)[D / 32] = raw[k];
+      float(&x)[D / 32] = raw.rows[k];
       float peak = 0.0f;
       bool finite = true;
 #pragma unroll

@@ -20,8 +20,10 @@ _MOST_ROWS = 32
 _MOST_STAGES = 4
 _MOST_SPLITS = 31 * 8
 """What the counters of a tile of rows have room for, as in ``decode_plan.py``."""
-_DIMENSIONS = (64, 128, 256)
+_DIMENSIONS = (128, 256)
 _BITS = (2, 4, 8)
+_LONGEST = 131072
+"""Contexts of more keys are rare: no reason to compile a kernel for them alone."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class WidePlan:
 
     rows: query rows that a thread block serves, 16 or 32; row_tiles: how many such tiles a KV head has.
     teams, stages: warpgroups of a thread block, and tiles of a team's ring. shared_bytes: dynamic shared memory of a
-    thread block. ideal_splits: blocks along many keys.
+    thread block. ideal_splits: blocks along many keys. fewest_keys: with fewer the general kernel is faster.
     """
 
     signature: Signature
@@ -40,6 +42,7 @@ class WidePlan:
     stages: int
     shared_bytes: int
     ideal_splits: int
+    fewest_keys: int
 
     @property
     def threads(self) -> int:
@@ -70,11 +73,15 @@ def wide_plan(sig: Signature, limits: DeviceLimits) -> WidePlan:
         raise Unsupported(f"{all_rows} query rows: warpgroup products pay from {_fewest_rows(sig) + 1} on")
     rows = 16 if all_rows <= 16 else _MOST_ROWS
     row_tiles = -(-all_rows // rows)
+    blocks = sig.batch * sig.kv_heads * row_tiles
+    fewest_keys = _fewest_tiles(sig, rows) * TILE * limits.multiprocessors // blocks
+    if fewest_keys > _LONGEST:
+        raise Unsupported(f"warpgroup products pay from {fewest_keys} keys on")
     for teams, stages in _layouts(sig, rows):
         shared = shared_bytes(sig, rows, teams, stages)
         if shared <= limits.shared_per_block:
-            splits = min(ideal_splits(sig.batch * sig.kv_heads * row_tiles, limits.multiprocessors), _MOST_SPLITS)
-            return WidePlan(sig, rows, row_tiles, teams, stages, shared, splits)
+            splits = min(ideal_splits(blocks, limits.multiprocessors), _MOST_SPLITS)
+            return WidePlan(sig, rows, row_tiles, teams, stages, shared, splits, fewest_keys)
     raise Unsupported(f"three tiles of {sig.key_dim} + {sig.value_dim} dimensions do not fit into shared memory")
 
 
@@ -92,6 +99,19 @@ def _check_operands(sig: Signature) -> None:
 def _fewest_rows(sig: Signature) -> int:
     """Rows up to which the general kernel was as fast on an H200: it wants many registers where values are wide."""
     return 8 if sig.value_dim > 128 else 16
+
+
+def _fewest_tiles(sig: Signature, rows: int) -> int:
+    """Tiles of a multiprocessor from which on the kernel was faster than the general one on an H200.
+
+    It begins and ends later, by 3 to 4 microseconds, and gains on each tile; the most where the general kernel has its
+    accumulators in the registers of several warps.
+    """
+    if rows == 16:
+        return 40
+    if sig.value_dim > 128:
+        return 0
+    return 18 if min(sig.key_format.bits, sig.value_format.bits) == 8 else 32
 
 
 def _layouts(sig: Signature, rows: int) -> list[tuple[int, int]]:

@@ -53,22 +53,22 @@ class WideSoftmax {
 
   __device__ __forceinline__ u32 tile(int parity) const { return weights + parity * C::WEIGHT_TILE; }
 
-  // Weights of a tile to one of the two places in shared memory. `meanwhile` is called before the warps meet.
+  // Weights of a tile to one of the two places in shared memory. `meanwhile` is called before the warps meet, and again
+  // where weights are made anew.
   template <typename Meanwhile>
   __device__ __forceinline__ void weigh(Weights& p, const Scores& s, WideValues<C>& values, u32 stage, int parity,
                                         Meanwhile meanwhile) {
     const Scales low(stage + C::VALUE_SCALES, place.key(), 0), high(stage + C::VALUE_SCALES, place.key() + 8, 0);
-    bool exceeds = to_probabilities(p, s);
-    exceeds |= store_weights(p, low, high, tile(parity));
-    if constexpr (BF16) exceeds |= biases_exceed(stage);
-    meanwhile();
-    publish_to_products();
-    if (place.team_any(exceeds)) {
-      renormalize(s, values, low, high, stage);
-      to_probabilities(p, s);
-      store_weights(p, low, high, tile(parity));
+    bool renewed = scale_unit == 0.0f;  // at the first tile
+    while (true) {
+      if (renewed) renormalize(s, values, low, high, stage);
+      bool exceeds = to_probabilities(p, s);
+      exceeds |= store_weights(p, low, high, tile(parity));
+      if constexpr (BF16) exceeds |= biases_exceed(stage);
+      meanwhile();
       publish_to_products();
-      place.team_barrier();
+      if (!place.team_any(exceeds) || renewed) break;
+      renewed = true;
     }
   }
 
@@ -85,26 +85,25 @@ class WideSoftmax {
 
   // The team's results to its places in shared memory. By all threads of the block, once every ring is idle.
   __device__ __forceinline__ void store(const WideValues<C>& values) const {
-    float* totals = memory.as<float>(C::TOTALS) + place.team * (C::TEAM * C::TOTAL_SETS * C::ROWS);
+    constexpr int ALL = C::TOTAL_SETS * C::ROWS;
+    float* totals = memory.as<float>(C::TOTALS) + place.team * (C::TEAM * ALL);
 #pragma unroll
     for (int n = 0; n < NB; ++n)
 #pragma unroll
       for (int y = 0; y < 2; ++y)
-        if (place.r <= GROUPS)
-          totals[(place.warp * C::TOTAL_SETS + place.r) * C::ROWS + place.row(n, y)] = sums[n][y];
-    __syncthreads();
-    auto total = [&](int set, int row) {
-      float x = 0.0f;
-#pragma unroll
-      for (int w = 0; w < C::TEAM; ++w) x += totals[(w * C::TOTAL_SETS + set) * C::ROWS + row];
-      return x;
-    };
+        if (place.r <= GROUPS) totals[place.warp * ALL + place.r * C::ROWS + place.row(n, y)] = sums[n][y];
+    place.team_barrier();
     const int thread = threadIdx.x % C::TEAM_THREADS;
-    if (thread < C::ROWS)
-      memory.as<float2>(C::TEAM_STATS)[place.team * C::ROWS + thread] = {rows[thread].y, total(GROUPS, thread)};
     const float bias_factor = inverse(bias_unit) * (V::HAS_BIAS ? 1.0f : -static_cast<float>(V::CENTER));
-    values.store(memory.as<float>(0) + place.team * C::ROWS * C::OUT_PITCH, inverse(scale_unit),
-                 [&](int group, int row) { return total(group, row) * bias_factor; });
+    for (int i = thread; i < ALL; i += C::TEAM_THREADS) {
+      const float total = totals[i] + totals[ALL + i] + totals[2 * ALL + i] + totals[3 * ALL + i];
+      totals[i] = i < GROUPS * C::ROWS ? total * bias_factor : total;
+    }
+    place.team_barrier();
+    if (thread < C::ROWS)
+      memory.as<float2>(C::TEAM_STATS)[place.team * C::ROWS + thread] = {rows[thread].y,
+                                                                        totals[GROUPS * C::ROWS + thread]};
+    values.store(memory.as<float>(0) + place.team * C::ROWS * C::OUT_PITCH, inverse(scale_unit), totals);
   }
 
  private:

@@ -71,9 +71,8 @@ class WideValues {
     for (int b = 0; b < BLOCKS; ++b) o[b][n][y] *= f, o[b][n][2 + y] *= f;
   }
 
-  // To `out`, [row, dimension]: times `factor`, and with the biases' part. bias(g, row): that of a group.
-  template <typename Bias>
-  __device__ __forceinline__ void store(float* out, float factor, Bias bias) const {
+  // To `out`, [row, dimension]: times `factor`, and with what biases make, [group, row].
+  __device__ __forceinline__ void store(float* out, float factor, const float* biases) const {
     constexpr float RAW = 16777216.0f;
 #pragma unroll
     for (int b = 0; b < BLOCKS; ++b) {
@@ -83,7 +82,7 @@ class WideValues {
 #pragma unroll
         for (int y = 0; y < 2; ++y) {
           const int row = place.row(n, y);
-          const float x = bias(b * 64 / V::GROUP, row);
+          const float x = biases[b * 64 / V::GROUP * C::ROWS + row];
           *reinterpret_cast<float2*>(out + row * C::OUT_PITCH + dim) = {
               fmaf(o[b][n][y], RAW * factor, x), fmaf(o[b][n][2 + y], RAW / (1 << SECOND_BIT) * factor, x)};
         }

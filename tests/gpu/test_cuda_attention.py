@@ -67,14 +67,16 @@ def test_random_mla_calls(seed: int) -> None:
 
 
 def _check_wide(call: AttentionCall, description: str) -> None:
-    """Where the device has warpgroup products, the kernel with them takes the call."""
+    """By the kernels that take the call, and where the device has warpgroup products by the one with them."""
+    _check(call, description)
     limits = device_limits()
     assert limits is not None
     if limits.capability == HOPPER.capability:
-        kernel = DecodeKernel(wide_plan(call.signature, limits))
+        # Of many sequences, with which the kernel is the same: of one, contexts may have to be longer for it.
+        plan = wide_plan(call.signature._replace(batch=64), limits)
+        kernel = DecodeKernel(replace(plan, signature=call.signature, ideal_splits=16))
         error = relative_error(kernel(call), expected(call))
         assert error <= TOLERANCES[call.signature.dtype], f"error {error:.2g} in {description}"
-    _check(call, description)
 
 
 @pytest.mark.parametrize("seed", range(80))
@@ -96,7 +98,7 @@ def test_some_query_rows_of_every_format(format: Format, dtype: mx.Dtype) -> Non
 
 
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("dim", [128, 256])
 def test_some_query_rows_with_masks_and_sinks(dim: int, mask: str) -> None:
     case = replace(_WIDE, dtype=mx.float16, key_dim=dim, value_dim=dim, mask=mask, sinks=True)
     case = replace(case, batch=2, group=5, length=5, count=3001, capacity=3001)
@@ -277,7 +279,7 @@ def test_magnitudes_of_values_far_from_one(format: Format, dtype: mx.Dtype, size
     [
         Case(seed=9, group=4, count=500, capacity=512, mask="additive"),
         Case(seed=9, group=4, length=4, count=70, capacity=80, key_dim=128, value_dim=128, mask="causal", sinks=True),
-        Case(seed=9, group=4, length=7, count=700, capacity=720, key_dim=64, value_dim=128, mask="additive"),
+        Case(seed=9, group=4, length=7, count=700, capacity=720, key_dim=128, value_dim=256, mask="additive"),
         Case(seed=9, group=4, length=40, count=200, capacity=256, key_dim=256, value_dim=256, mask="causal"),
         Case(seed=9, kv_heads=1, group=64, count=200, capacity=256, key_dim=512, value_dim=512, rope_dim=64),
     ],

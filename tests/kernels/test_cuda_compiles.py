@@ -128,10 +128,13 @@ def test_decoding(compiled: Callable[[str], list[str]], limits: DeviceLimits, ar
 @pytest.mark.parametrize(
     "case",
     [
-        Case(seed=0, dtype=mx.float16, group=4, length=8, key_dim=128, value_dim=128, mask="causal", stacked=True),
-        Case(seed=0, dtype=mx.bfloat16, group=16, key_dim=256, value_dim=256, mask="additive", sinks=True),
         Case(
-            seed=0, dtype=mx.bfloat16, group=5, length=7, value_dim=256, mask="bool",
+            seed=0, batch=2, dtype=mx.float16, group=4, length=8, key_dim=128, value_dim=128, mask="causal",
+            stacked=True,
+        ),
+        Case(seed=0, kv_heads=8, dtype=mx.bfloat16, group=16, key_dim=256, value_dim=256, mask="additive", sinks=True),
+        Case(
+            seed=0, dtype=mx.bfloat16, group=5, length=7, key_dim=128, value_dim=256, mask="bool",
             key_format=Format.affine(2, symmetric=True), value_format=Format.affine(8, 128),
         ),
     ],

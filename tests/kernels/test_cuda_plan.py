@@ -11,7 +11,7 @@ import pytest
 
 from qsdpa_patch.kernels.attention_call import Signature, check_call
 from qsdpa_patch.kernels.cuda import backend
-from qsdpa_patch.kernels.cuda.decode import DecodeKernel
+from qsdpa_patch.kernels.cuda.decode import DecodeByLength, DecodeKernel
 from qsdpa_patch.kernels.cuda.decode_plan import DecodePlan, decode_plan
 from qsdpa_patch.kernels.cuda.device import HOPPER, DeviceLimits
 from qsdpa_patch.kernels.cuda.mla_plan import mla_plan
@@ -207,7 +207,7 @@ def _wide_signature(**changes: object) -> Signature:
 @pytest.mark.parametrize("seed", range(40))
 def test_plans_with_warpgroup_products_serve_all_rows_within_the_devices_limits(seed: int) -> None:
     case = random_wide_case(seed)
-    sig = build(replace(case, count=16, capacity=16)).signature
+    sig = build(replace(case, count=16, capacity=16)).signature._replace(batch=64)
     if case.group * case.length <= 16 and case.value_dim <= 128:
         with pytest.raises(Unsupported, match="query rows"):
             wide_plan(sig, HOPPER)
@@ -230,6 +230,7 @@ def test_plans_with_warpgroup_products_serve_all_rows_within_the_devices_limits(
         ({"value_format": Format.affine(4, 32)}, "4-bit g32: warpgroup products take"),
         ({"value_format": Format.named("mxfp8"), "value_scale_dtype": mx.uint8}, "mxfp8: warpgroup products take"),
         ({"key_dim": 192}, "dimension 192"),
+        ({"kv_heads": 1, "query_heads": 4}, "pay from 270336 keys on"),
         ({"rope_dim": 64}, "rope terms"),
         ({"shared_kv": True}, "values that are the keys"),
     ],
@@ -240,19 +241,39 @@ def test_warpgroup_products_for_some_query_rows_refuse_the_rest(changes: dict[st
 
 
 @pytest.mark.usefixtures("hopper")
-def test_warpgroup_products_take_more_rows_than_a_warp_holds_well() -> None:
-    for length, dim, wide in ((4, 128, False), (5, 128, True), (16, 64, True), (2, 256, False), (3, 256, True)):
+def test_warpgroup_products_take_long_contexts_of_more_rows_than_a_warp_holds_well() -> None:
+    kinds = {
+        (4, 128): DecodeKernel, (5, 128): DecodeByLength, (16, 128): DecodeByLength,
+        (2, 256): DecodeKernel, (3, 256): DecodeByLength, (5, 256): DecodeKernel,
+    }  # fmt: skip
+    for (length, dim), kind in kinds.items():
         kernel = backend._kernel(_signature(query_length=length, key_dim=dim, value_dim=dim))
-        assert isinstance(kernel, DecodeKernel)
-        assert isinstance(kernel.plan, WidePlan) == wide
+        assert isinstance(kernel, kind)
+        if isinstance(kernel, DecodeByLength):
+            assert isinstance(kernel.short.plan, DecodePlan)
+            assert isinstance(kernel.long.plan, WidePlan)
+        elif isinstance(kernel, DecodeKernel):
+            assert isinstance(kernel.plan, WidePlan) == (length == 5)
+
+
+def test_the_kernel_is_chosen_by_the_length_of_the_context() -> None:
+    four = Format.affine(4)
+    short, long = (lambda call: mx.array(0)), (lambda call: mx.array(1))
+    kernel = DecodeByLength(short, long, 100)  # type: ignore[arg-type]
+    for count, chosen in ((99, 0), (100, 1), (1000, 1)):
+        keys = quantize(mx.zeros((1, 1, count, 64), mx.float16), four)
+        assert kernel(check_call(mx.zeros((1, 1, 1, 64), mx.float16), keys, keys, scale=1.0)).item() == chosen
 
 
 @pytest.mark.usefixtures("hopper")
-def test_the_general_kernel_stands_in_for_one_that_fails_its_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "failure", lambda kernel: "wrong" if isinstance(kernel.plan, WidePlan) else "")
+@pytest.mark.parametrize("failing", [WidePlan, DecodePlan])
+def test_a_kernel_that_fails_its_check_leaves_all_contexts_to_the_other(
+    monkeypatch: pytest.MonkeyPatch, failing: type
+) -> None:
+    monkeypatch.setattr(backend, "failure", lambda kernel: "wrong" if isinstance(kernel.plan, failing) else "")
     kernel = backend._kernel(_wide_signature())
     assert isinstance(kernel, DecodeKernel)
-    assert isinstance(kernel.plan, DecodePlan)
+    assert not isinstance(kernel.plan, failing)
 
 
 def _prefill_signature(**changes: object) -> Signature:
@@ -334,7 +355,7 @@ def test_many_query_rows_go_to_mlx_where_it_has_a_fused_kernel(monkeypatch: pyte
     assert not taken
     assert reason == "512 query rows, for which MLX has a fused kernel over dequantized keys"
     few = _prefill_signature(key_dim=128, value_dim=128, query_length=16)
-    assert isinstance(backend._kernel(few), DecodeKernel)
+    assert isinstance(backend._kernel(few), DecodeByLength)
 
 
 @pytest.mark.usefixtures("hopper")
