@@ -97,15 +97,11 @@ class QueryOperands {
         u32 x = 0;
         if (pair < 2 * W) {
           const float* of_row = memory.as<float>(C::QUERY_SUMS) + 2 * word * C::ROWS + place.column_row(n);
-          float low = of_row[0] / C::SCORE_UNIT, high = of_row[C::ROWS] / C::SCORE_UNIT;
+          const float low = of_row[0] / C::SCORE_UNIT, high = of_row[C::ROWS] / C::SCORE_UNIT;
           x = pack_pair<BF16_SCALES>(low, high);
           if (pair >= W) {
-            if constexpr (BF16_SCALES) {
-              low -= __uint_as_float(x << 16), high -= __uint_as_float(x & 0xffff0000u);
-            } else {
-              low -= low_half(x), high -= high_half(x);
-            }
-            x = pack_pair<BF16_SCALES>(low, high);
+            const float2 rounded = unpack_pair<BF16_SCALES>(x);
+            x = pack_pair<BF16_SCALES>(low - rounded.x, high - rounded.y);
           }
         }
         sums[n][i] = x;

@@ -11,7 +11,8 @@
 // the left does its softmax nothing else is under way; the products of values of a tile and of scores of the next run
 // back to back.
 //
-// Results of the splits meet in a second launch, MlaMerger: one block cannot hold them, and many can merge at once.
+// Results of the splits meet in a second launch, MlaMerger: one block cannot hold them, and many can merge at once. They
+// are written as means, in the queries' type: what the output is rounded to, at half the bytes of sums.
 #pragma once
 #include "softmax.cuh"
 #include "unpack.cuh"
@@ -51,7 +52,7 @@ struct MlaArguments {
   View<typename C::MaskT> mask;
   View<T> rope_queries, rope_keys;
   const float* scale;
-  float* partials;  // [row tile, split, quad of registers, thread, 4]
+  T* partials;      // [row tile, split, quad of registers, thread, 4]: means over the split's keys
   float* stats;     // [row tile, split, row, 2]: running maximum and sum
 };
 
@@ -257,7 +258,8 @@ class MlaDecoder {
       softmax.apply(s, factor);
       pack_weights<C::BF16>(p, s);
       if (i > 0) group_barrier<C::CONSUMERS>(WEIGHTS_TAKEN);
-      give_weights(p, factor);
+      give_weights(p);
+      give_factors(factor);
       group_arrive<C::CONSUMERS>(WEIGHTS_READY);
       rescale(o, factor);
       const u32 tile = tile_of(stage), used = stage;
@@ -284,14 +286,19 @@ class MlaDecoder {
       }
       pin(o);
     }
+    float to_mean[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const float total = softmax.total(h);
       const int row = 16 * warp + lane / 4 + 8 * h;
       if (lane % 4 == 0)
         *reinterpret_cast<float2*>(a.stats + (place() * C::ROWS + row) * 2) = {softmax.top[h], total};
+      to_mean[h] = total == 0.0f ? 0.0f : 1.0f / total;
     }
-    store(o, 0);
+    if (tiles > 0) group_barrier<C::CONSUMERS>(WEIGHTS_TAKEN);
+    give_factors(to_mean);
+    group_arrive<C::CONSUMERS>(WEIGHTS_READY);
+    store(o, to_mean, 0);
   }
 
   __device__ __forceinline__ void right() const {
@@ -301,8 +308,9 @@ class MlaDecoder {
     for (int i = 0; i < tiles; ++i) {
       float factor[2];
       group_barrier<C::CONSUMERS>(WEIGHTS_READY);
-      take_weights(p, factor);
-      if (i + 1 < tiles) group_arrive<C::CONSUMERS>(WEIGHTS_TAKEN);
+      take_weights(p);
+      take_factors(factor);
+      group_arrive<C::CONSUMERS>(WEIGHTS_TAKEN);
       rescale(o, factor);
       wait_phase(full(stage), phase);
       begin_products();
@@ -313,7 +321,10 @@ class MlaDecoder {
       release(stage);
       if (++stage == STAGES) stage = 0, phase ^= 1;
     }
-    store(o, 1);
+    float to_mean[2];
+    group_barrier<C::CONSUMERS>(WEIGHTS_READY);
+    take_factors(to_mean);
+    store(o, to_mean, 1);
   }
 
   // The mask, and the end of the keys.
@@ -324,21 +335,25 @@ class MlaDecoder {
                          [&](int h) { return head_and_position(16 * warp + lane / 4 + 8 * h); });
   }
 
-  // Probabilities and factors from the left's threads to the right's, of the same number.
-  __device__ __forceinline__ void give_weights(const u32 (&p)[4][4], const float (&factor)[2]) const {
+  // Probabilities, and factors on rows, from the left's threads to the right's, of the same number.
+  __device__ __forceinline__ void give_weights(const u32 (&p)[4][4]) const {
 #pragma unroll
     for (int k = 0; k < 4; ++k) store_unit(weights(k), p[k]);
+  }
+  __device__ __forceinline__ void give_factors(const float (&factor)[2]) const {
     asm volatile("st.shared.v2.f32 [%0], {%1,%2};" ::"r"(shared + C::FACTORS + 8 * thread), "f"(factor[0]),
                  "f"(factor[1])
                  : "memory");
   }
-  __device__ __forceinline__ void take_weights(u32 (&p)[4][4], float (&factor)[2]) const {
+  __device__ __forceinline__ void take_weights(u32 (&p)[4][4]) const {
 #pragma unroll
     for (int k = 0; k < 4; ++k)
       asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
                    : "=r"(p[k][0]), "=r"(p[k][1]), "=r"(p[k][2]), "=r"(p[k][3])
                    : "r"(weights(k))
                    : "memory");
+  }
+  __device__ __forceinline__ void take_factors(float (&factor)[2]) const {
     asm volatile("ld.shared.v2.f32 {%0,%1}, [%2];"
                  : "=f"(factor[0]), "=f"(factor[1])
                  : "r"(shared + C::FACTORS + 8 * thread)
@@ -353,20 +368,21 @@ class MlaDecoder {
     return (static_cast<i64>(batch) * gridDim.y + blockIdx.y) * splits + split;
   }
 
-  __device__ __forceinline__ void store(const float (&o)[COLUMNS / 8][4], int side) const {
-    float4* target = reinterpret_cast<float4*>(a.partials) + place() * (C::ROWS * D / 4) +
-                     side * C::GROUP + thread;
+  __device__ __forceinline__ void store(const float (&o)[COLUMNS / 8][4], const float (&factor)[2], int side) const {
+    uint2* target = reinterpret_cast<uint2*>(a.partials) + place() * (C::ROWS * D / 4) + side * C::GROUP + thread;
 #pragma unroll
     for (int n = 0; n < COLUMNS / 8; ++n)
-      target[n * C::CONSUMERS] = {o[n][0], o[n][1], o[n][2], o[n][3]};
+      target[n * C::CONSUMERS] = {pack_pair<C::BF16>(o[n][0] * factor[0], o[n][1] * factor[0]),
+                                  pack_pair<C::BF16>(o[n][2] * factor[1], o[n][3] * factor[1])};
   }
 };
 
 // Merges the splits of a row tile. A block: eight columns of all rows, four warps of 16 rows as in MlaDecoder::store().
 template <typename T, int D, typename F, typename SinkT>
 class MlaMerger {
-  static constexpr int ROWS = 64, GROUP = 128, BATCH = 16;  // loads of a thread under way
-  const float* const partials;
+  static constexpr int ROWS = 64, GROUP = 128, BATCH = 32;  // loads of a thread under way
+  static constexpr bool BF16 = IsBfloat16<T>::value;
+  const T* const partials;
   const float* const stats;
   const SinkT* const sinks;
   const i64 sink_stride;
@@ -374,7 +390,7 @@ class MlaMerger {
   const int heads, length, splits;
 
  public:
-  __device__ __forceinline__ MlaMerger(const float* partials, const float* stats, const SinkT* sinks, i64 sink_stride,
+  __device__ __forceinline__ MlaMerger(const T* partials, const float* stats, const SinkT* sinks, i64 sink_stride,
                                        T* out, int heads, int length, int splits)
       : partials(partials), stats(stats), sinks(sinks), sink_stride(sink_stride), out(out), heads(heads),
         length(length), splits(splits) {}
@@ -384,9 +400,9 @@ class MlaMerger {
     const int side = blockIdx.x % 2, octet = blockIdx.x / 2, lane = threadIdx.x % 32;
     const int row = threadIdx.x / 32 * 16 + lane / 4;  // and eight after it
     const i64 tile = static_cast<i64>(blockIdx.z) * gridDim.y + blockIdx.y;
-    const float4* source = reinterpret_cast<const float4*>(partials) + tile * splits * (ROWS * D / 4) +
-                           octet * 2 * GROUP + side * GROUP + threadIdx.x;
-    float4 y[BATCH];
+    const uint2* source = reinterpret_cast<const uint2*>(partials) + tile * splits * (ROWS * D / 4) +
+                          octet * 2 * GROUP + side * GROUP + threadIdx.x;
+    uint2 y[BATCH];
     auto fetch = [&](int first) {
 #pragma unroll
       for (int i = 0; i < BATCH; ++i)
@@ -402,9 +418,10 @@ class MlaMerger {
 #pragma unroll
       for (int i = 0; i < BATCH; ++i) {
         if (first + i >= splits) continue;
-        const float2* split = tile_stats + (first + i) * ROWS + row;
-        const float f = exp2_fast(split[0].x - total[0].x), g = exp2_fast(split[8].x - total[1].x);
-        x = {fmaf(f, y[i].x, x.x), fmaf(f, y[i].y, x.y), fmaf(g, y[i].z, x.z), fmaf(g, y[i].w, x.w)};
+        const float2 low = tile_stats[(first + i) * ROWS + row], high = tile_stats[(first + i) * ROWS + row + 8];
+        const float f = exp2_fast(low.x - total[0].x) * low.y, g = exp2_fast(high.x - total[1].x) * high.y;
+        const float2 of_low = unpack_pair<BF16>(y[i].x), of_high = unpack_pair<BF16>(y[i].y);
+        x = {fmaf(f, of_low.x, x.x), fmaf(f, of_low.y, x.y), fmaf(g, of_high.x, x.z), fmaf(g, of_high.y, x.w)};
       }
       fetch(first + BATCH);
     }

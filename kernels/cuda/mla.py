@@ -63,7 +63,7 @@ class MlaKernel:
             grid=(plan.threads * splits, plan.row_tiles, sig.batch),
             threadgroup=(plan.threads, 1, 1),
             output_shapes=[(tiles, splits, plan.rows, sig.value_dim), (tiles, splits, plan.rows, 2)],
-            output_dtypes=[mx.float32, mx.float32],
+            output_dtypes=[sig.dtype, mx.float32],
         )
         sinks = call.sinks
         return self._merge_kernel(None if sinks is None else sinks.dtype)(

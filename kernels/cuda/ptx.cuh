@@ -105,6 +105,13 @@ __device__ __forceinline__ u32 max_magnitudes(u32 a, u32 b) {
 __device__ __forceinline__ float low_half(u32 x) { return __half2float(__ushort_as_half(x & 0xffff)); }
 __device__ __forceinline__ float high_half(u32 x) { return __half2float(__ushort_as_half(x >> 16)); }
 
+// What pack_pair packed.
+template <bool BF16>
+__device__ __forceinline__ float2 unpack_pair(u32 x) {
+  if constexpr (BF16) return {__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u)};
+  return {low_half(x), high_half(x)};
+}
+
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

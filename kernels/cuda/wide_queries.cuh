@@ -58,7 +58,7 @@ class WideQueries {
 
   __device__ __forceinline__ static float rounded(float x) {
     const u32 bits = pack_pair<C::BF16_SCALES>(x, 0.0f);
-    return C::BF16_SCALES ? __uint_as_float(bits << 16) : low_half(bits);
+    return unpack_pair<C::BF16_SCALES>(bits).x;
   }
 };
 
