@@ -272,12 +272,13 @@ static void attend_piece(const plan *p, const piece *w, method h, const memory *
     if (c->mask_kind != NO_MASK || count < TILE) mask_scores(p, w, first, count, m->mask, m->scores);
     if (soften_scores(w->rows, m->scores, m->peak, m->total, m->decay)) add_values(p, w, h, m, first, count);
   }
-  if (h.code_values) order_values(&p->values, w->rows, m->out, m->work);
 }
 
-/* Divides a row by its total, with the head's sink in it, and writes it. A row without a key gives zeros. */
-static void write_row(const plan *p, const piece *w, long row, float *out, float peak, float total) {
+/* Divides a row by its total, with the head's sink in it, and writes it. A row without a key gives zeros. `work`: as
+   many numbers. */
+static void write_row(const plan *p, const piece *w, long row, float *out, float peak, float total, float *work) {
   const call *c = p->c;
+  if (can_use_codes(&p->values)) order_values(&p->values, out, work);
   const long head = head_of(p, w, row);
   float factor = total > 0 ? 1 / total : 0;
   if (c->sinks.data) {
@@ -295,7 +296,7 @@ static void write_row(const plan *p, const piece *w, long row, float *out, float
 }
 
 /* The split's rows, relative to the peak of all splits, summed into those of the first. */
-static void merge_splits(const plan *p, const piece *w, float *partials) {
+static void merge_splits(const plan *p, const piece *w, float *partials, float *work) {
   const long value_dim = p->c->values.dim, width = value_dim + 2;
   const long stride = (p->rows < MOST_ROWS ? p->rows : MOST_ROWS) * width;
   for (long r = 0; r < w->rows; r++) {
@@ -308,7 +309,7 @@ static void merge_splits(const plan *p, const piece *w, float *partials) {
         sum[value_dim + 1] = (s ? sum[value_dim + 1] : 0) + decay * from[value_dim + 1];
       }
     }
-    write_row(p, w, r, sum, peak, sum[value_dim + 1]);
+    write_row(p, w, r, sum, peak, sum[value_dim + 1], work);
   }
 }
 
@@ -332,7 +333,7 @@ static void finish_piece(const plan *p, const piece *w, long unit, long split, c
   const long value_dim = p->c->values.dim;
   if (p->splits == 1) {
     for (long r = 0; r < w->rows; r++) {
-      write_row(p, w, r, m->out + r * value_dim, m->peak[r], lanes_sum(load(m->total + r * LANES)));
+      write_row(p, w, r, m->out + r * value_dim, m->peak[r], lanes_sum(load(m->total + r * LANES)), m->work);
     }
     return;
   }
@@ -342,7 +343,7 @@ static void finish_piece(const plan *p, const piece *w, long unit, long split, c
     memcpy(to, m->out + r * value_dim, (size_t)value_dim * sizeof *to);
     to[value_dim] = m->peak[r], to[value_dim + 1] = lanes_sum(load(m->total + r * LANES));
   }
-  if (__atomic_add_fetch(p->finished + unit, 1, __ATOMIC_ACQ_REL) == p->splits) merge_splits(p, w, partials);
+  if (__atomic_add_fetch(p->finished + unit, 1, __ATOMIC_ACQ_REL) == p->splits) merge_splits(p, w, partials, m->work);
 }
 
 static void attend_pieces(void *argument, items of, float *start) {

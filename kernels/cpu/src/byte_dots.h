@@ -35,8 +35,6 @@ INLINE vi add_byte_dots(vi sum, vu codes, vi digits) { /* codes are unsigned */
 
 INLINE vi splat_int(int32_t x) { return (vi){0} + x; }
 
-INLINE vi keep_ints(vi v) { return (vi)keep((vf)v); }
-
 /* Bytes of 4 x 4 in each 128 bits, transposed: lane k of four gets the bytes k of all. */
 INLINE vu transpose_bytes(vu v) {
   typedef uint8_t vb __attribute__((vector_size(4 * LANES)));
@@ -52,6 +50,17 @@ INLINE vu transpose_bytes(vu v) {
 #endif
 #undef QUARTER
 #undef COLUMN
+}
+
+/* Each of the first four lanes with all those that are a multiple of four after it. */
+INLINE vi add_quarters(vi v) {
+#if LANES >= 16
+  v += SWAP_LANES_8(v);
+#endif
+#if LANES >= 8
+  v += SWAP_LANES_4(v);
+#endif
+  return v;
 }
 
 /* The low bytes of four lanes, in each of the four. */

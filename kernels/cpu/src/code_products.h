@@ -62,7 +62,7 @@ static void prepare_code_queries(int digits, const packed *p, const float *q, lo
   const long groups = p->dim / p->group_size;
   int32_t *out = to->digits;
   for (long r = 0; r < rows; r++, q += q_row) {
-    for (long d = 0; d < p->dim; d++) row[query_position(p->bits, d)] = q[d];
+    order_queries(p->bits, p->dim, q, row);
     for (long g = 0; g < groups; g++) {
       const float largest = largest_of(row + g * p->group_size, p->group_size);
       const float factor = integers_per_unit(digits, largest);
@@ -73,8 +73,7 @@ static void prepare_code_queries(int digits, const packed *p, const float *q, lo
         memcpy(out, &numbers, sizeof numbers);
         lane_sums = add_byte_dots(lane_sums, splat_word(0x01010101u), numbers);
       }
-      int32_t sums[4] = {0};
-      for (int k = 0; k < LANES; k++) sums[k % 4] += lane_sums[k];
+      const vi sums = add_quarters(lane_sums);
       const double step = largest / (double)largest_integer(digits);
       const double sum = digits == 2 ? sums[0] + 256.0 * sums[1] : sums[0] + 256.0 * sums[1] + 65536.0 * sums[2];
       to->steps[r * groups + g] = (float)step;
@@ -88,9 +87,28 @@ static void prepare_code_queries(int digits, const packed *p, const float *q, lo
 
 /* ---- scales ---- */
 
-INLINE void transpose_half_columns(long columns, const uint16_t *restrict from, uint16_t *restrict to) {
-  for (long c = 0; c < columns; c++) {
-    for (long t = 0; t < TILE; t++) to[c * TILE + t] = from[t * columns + c];
+/* Rows of two or four 16-bit numbers to [columns][TILE]: a row is a word, which is shifted and cut. */
+INLINE void transpose_pairs(const uint8_t *from, uint16_t *to) {
+  typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
+  for (long t = 0; t < TILE; t += LANES) {
+    const vu rows = load_words((const uint32_t *)from + t);
+    UNROLL for (int c = 0; c < 2; c++) {
+      const halves column = __builtin_convertvector(rows >> 16 * c, halves);
+      memcpy(to + c * TILE + t, &column, sizeof column);
+    }
+  }
+}
+
+INLINE void transpose_fours(const uint8_t *from, uint16_t *to) {
+  typedef uint64_t words __attribute__((vector_size(4 * LANES)));
+  typedef uint16_t halves __attribute__((vector_size(LANES)));
+  for (long t = 0; t < TILE; t += LANES / 2) {
+    words rows;
+    memcpy(&rows, from + t * 8, sizeof rows);
+    UNROLL for (int c = 0; c < 4; c++) {
+      const halves column = __builtin_convertvector(rows >> 16 * c, halves);
+      memcpy(to + c * TILE + t, &column, sizeof column);
+    }
   }
 }
 
@@ -98,11 +116,10 @@ INLINE void transpose_half_columns(long columns, const uint16_t *restrict from, 
 static int transpose_halves(const uint8_t *from, long row, int type, long columns, float *to) {
   uint16_t halves[4 * TILE];
   if (type_size(type) != 2 || row != 2 * columns) return 0;
-  const uint16_t *words = (const uint16_t *)from;
   switch (columns) {
     case 1: to_floats(from, type, TILE, to); return 1;
-    case 2: transpose_half_columns(2, words, halves); break;
-    case 4: transpose_half_columns(4, words, halves); break;
+    case 2: transpose_pairs(from, halves); break;
+    case 4: transpose_fours(from, halves); break;
     default: return 0;
   }
   to_floats((const uint8_t *)halves, type, columns * TILE, to);
@@ -155,10 +172,10 @@ INLINE const uint8_t *fetch_vectors(int vectors, const uint8_t *next, long step)
 /* ---- scores ---- */
 
 /* Adds to scores [rows][TILE], for `vectors` vectors of keys from t on. */
-INLINE void code_score_block(int digits, int rows, int vectors, const packed *p, const uint32_t *codes,
+INLINE void code_score_block(int digits, int nibbles, int rows, int vectors, const packed *p, const uint32_t *codes,
                              const code_scales *k, const code_queries *q, long t, coming_codes *coming,
                              float *scores) {
-  const long groups = p->dim / p->group_size, quads = p->group_size / 4;
+  const long groups = p->dim / p->group_size, words = p->group_size / (nibbles ? 8 : 4);
   const int32_t *numbers = q->digits;
   const uint8_t *next = coming->next;
   const long step = coming->step;
@@ -170,14 +187,18 @@ INLINE void code_score_block(int digits, int rows, int vectors, const packed *p,
         UNROLL for (int v = 0; v < vectors; v++) sum[r][i][v] = (vi){0};
       }
     }
-    for (long quad = 0; quad < quads; quad++, codes += TILE, numbers += 4) {
-      next = fetch_vectors(vectors, next, step);
-      vu code[4];
-      UNROLL for (int v = 0; v < vectors; v++) code[v] = (vu)keep((vf)load_words(codes + v * LANES));
-      UNROLL for (int r = 0; r < rows; r++) {
-        UNROLL for (int i = 0; i < digits; i++) {
-          const vi number = splat_int(numbers[r * p->dim + i]);
-          UNROLL for (int v = 0; v < vectors; v++) sum[r][i][v] = add_byte_dots(sum[r][i][v], code[v], number);
+    for (long word = 0; word < words; word++, codes += TILE) {
+      UNROLL for (int part = 0; part < 1 + nibbles; part++, numbers += 4) {
+        next = fetch_vectors(vectors, next, step);
+        vu code[4];
+        UNROLL for (int v = 0; v < vectors; v++) {
+          code[v] = keep_words(code_vector(nibbles, codes + v * LANES, part));
+        }
+        UNROLL for (int r = 0; r < rows; r++) {
+          UNROLL for (int i = 0; i < digits; i++) {
+            const vi number = splat_int(numbers[r * p->dim + i]);
+            UNROLL for (int v = 0; v < vectors; v++) sum[r][i][v] = add_byte_dots(sum[r][i][v], code[v], number);
+          }
         }
       }
     }
@@ -204,10 +225,10 @@ INLINE void code_score_block(int digits, int rows, int vectors, const packed *p,
   coming->next = next;
 }
 
-INLINE void code_score_rows(int digits, int rows, int vectors, const packed *p, const uint32_t *codes,
+INLINE void code_score_rows(int digits, int nibbles, int rows, int vectors, const packed *p, const uint32_t *codes,
                             const code_scales *k, const code_queries *q, coming_codes *coming, float *scores) {
   for (long t = 0; t < TILE; t += vectors * LANES) {
-    code_score_block(digits, rows, vectors, p, codes, k, q, t, coming, scores);
+    code_score_block(digits, nibbles, rows, vectors, p, codes, k, q, t, coming, scores);
   }
 }
 
@@ -218,18 +239,22 @@ INLINE void code_score_rows(int digits, int rows, int vectors, const packed *p, 
 #define CODE_VECTORS(digits, rows) ((rows) == 1 ? 4 : 2)
 #endif
 
+/* Dispatch to code made for the very digits, codes and rows. */
+#define CODE_CASE(digits, nibbles, rows) (((digits) * 2 + (nibbles)) * 8 + (rows))
+#define CODE_CASES(CASE, digits, nibbles) \
+  CASE(digits, nibbles, 1) CASE(digits, nibbles, 2) CASE(digits, nibbles, 3) CASE(digits, nibbles, 4)
+#define ALL_CODE_CASES(CASE) CODE_CASES(CASE, 2, 0) CODE_CASES(CASE, 2, 1) CODE_CASES(CASE, 3, 0) CODE_CASES(CASE, 3, 1)
+
 /* scores [rows][TILE] += q times a tile of keys. */
 static void code_score_tile(int digits, long rows, const packed *p, const uint32_t *codes, const code_scales *k,
                             code_queries q, coming_codes coming, float *scores) {
   const long groups = p->dim / p->group_size;
-#define CASE(digits, rows)                                                                             \
-  case digits * 16 + rows:                                                                             \
-    code_score_rows(digits, rows, CODE_VECTORS(digits, rows), p, codes, k, &q, &coming, scores);       \
+#define CASE(digits, nibbles, rows)                                                                       \
+  case CODE_CASE(digits, nibbles, rows):                                                                  \
+    code_score_rows(digits, nibbles, rows, CODE_VECTORS(digits, rows), p, codes, k, &q, &coming, scores); \
     break;
   for (; rows > 0; rows -= CODE_ROWS) {
-    switch (digits * 16 + (rows < CODE_ROWS ? rows : CODE_ROWS)) {
-      CASE(2, 1) CASE(2, 2) CASE(2, 3) CASE(2, 4) CASE(3, 1) CASE(3, 2) CASE(3, 3) CASE(3, 4)
-    }
+    switch (CODE_CASE(digits, p->bits == 4, rows < CODE_ROWS ? rows : CODE_ROWS)) { ALL_CODE_CASES(CASE) }
     q.digits += CODE_ROWS * p->dim, q.steps += CODE_ROWS * groups, q.sums += CODE_ROWS * groups;
     q.digit_sums += CODE_ROWS * groups * 4, scores += CODE_ROWS * TILE;
   }
@@ -279,22 +304,25 @@ INLINE void prepare_code_weights(int digits, long rows, const float *weights, co
   }
 }
 
-/* `vectors` vectors of `rows` output rows: out = out * decay + weights * values. */
-INLINE void code_output_block(int digits, int rows, int vectors, const uint32_t *codes, long dim,
+/* `vectors` vectors, from dimension d on, of `rows` output rows: out = out * decay + weights * values. */
+INLINE void code_output_block(int digits, int nibbles, int rows, int vectors, const uint32_t *codes, long dim, long d,
                               const code_weights *w, const float *decay, coming_codes *coming, float *out) {
+  const long first = nibbles && vectors % 2 ? d / LANES % 2 : 0; /* whether it starts with the high halves of bytes */
   vi sum[CODE_ROWS][3][4];
   UNROLL for (int r = 0; r < rows; r++) {
     UNROLL for (int i = 0; i < digits; i++) {
       UNROLL for (int v = 0; v < vectors; v++) sum[r][i][v] = (vi){0};
     }
   }
+  codes += nibbles ? (d / LANES - first) / 2 * LANES : d;
+  out += d;
   const int32_t *numbers = w->digits;
   const uint8_t *next = coming->next;
   const long step = coming->step;
-  for (long quad = 0; quad < TILE / 4; quad++, codes += dim, numbers += 4) {
+  for (long quad = 0; quad < TILE / 4; quad++, codes += dim / (1 + nibbles), numbers += 4) {
     next = fetch_vectors(vectors, next, step);
     vu code[4];
-    UNROLL for (int v = 0; v < vectors; v++) code[v] = (vu)keep((vf)load_words(codes + v * LANES));
+    UNROLL for (int v = 0; v < vectors; v++) code[v] = keep_words(code_vector(nibbles, codes, first + v));
     UNROLL for (int r = 0; r < rows; r++) {
       UNROLL for (int i = 0; i < digits; i++) {
         const vi number = splat_int(numbers[r * TILE + i]);
@@ -319,13 +347,14 @@ INLINE void code_output_block(int digits, int rows, int vectors, const uint32_t 
   coming->next = next;
 }
 
-INLINE void code_output_rows(int digits, int rows, int vectors, const uint32_t *codes, long dim, long group_size,
-                             const code_weights *w, const float *decay, coming_codes *coming, float *out) {
-  long d = 0;
-  for (; d + vectors * LANES <= group_size; d += vectors * LANES) {
-    code_output_block(digits, rows, vectors, codes + d, dim, w, decay, coming, out + d);
+/* The dimensions of a group from d on. */
+INLINE void code_output_rows(int digits, int nibbles, int rows, int vectors, const uint32_t *codes, const packed *p,
+                             long d, const code_weights *w, const float *decay, coming_codes *coming, float *out) {
+  const long end = d + p->group_size;
+  for (; d + vectors * LANES <= end; d += vectors * LANES) {
+    code_output_block(digits, nibbles, rows, vectors, codes, p->dim, d, w, decay, coming, out);
   }
-  if (vectors > 2 && d < group_size) code_output_block(digits, rows, 2, codes + d, dim, w, decay, coming, out + d);
+  if (vectors > 2 && d < end) code_output_block(digits, nibbles, rows, 2, codes, p->dim, d, w, decay, coming, out);
 }
 
 /* out [rows][dim] = out * decay [rows] + weights [rows][TILE] times a tile of values; dimensions in a
@@ -333,10 +362,10 @@ INLINE void code_output_rows(int digits, int rows, int vectors, const uint32_t *
 static void code_output_tile(int digits, long rows, const packed *p, const uint32_t *codes, const code_scales *k,
                              const float *weights, const float *decay, const code_weights *memory, coming_codes coming,
                              float *out) {
-#define CASE(digits, rows)                                                                                   \
-  case digits * 16 + rows:                                                                                   \
-    code_output_rows(digits, rows, CODE_VECTORS(digits, rows), codes + d, p->dim, p->group_size, &w, decay + r, \
-                     &coming, out + r * p->dim + d);                                                         \
+#define CASE(digits, nibbles, rows)                                                                          \
+  case CODE_CASE(digits, nibbles, rows):                                                                     \
+    code_output_rows(digits, nibbles, rows, CODE_VECTORS(digits, rows), codes, p, d, &w, decay + r, &coming, \
+                     out + r * p->dim);                                                                      \
     break;
   for (long d = 0, g = 0; d < p->dim; d += p->group_size, g++) {
     const long at = g * TILE;
@@ -347,9 +376,7 @@ static void code_output_tile(int digits, long rows, const packed *p, const uint3
     }
     code_weights w = *memory;
     for (long r = 0; r < rows; r += CODE_ROWS) {
-      switch (digits * 16 + (rows - r < CODE_ROWS ? rows - r : CODE_ROWS)) {
-        CASE(2, 1) CASE(2, 2) CASE(2, 3) CASE(2, 4) CASE(3, 1) CASE(3, 2) CASE(3, 3) CASE(3, 4)
-      }
+      switch (CODE_CASE(digits, p->bits == 4, rows - r < CODE_ROWS ? rows - r : CODE_ROWS)) { ALL_CODE_CASES(CASE) }
       w.digits += CODE_ROWS * TILE, w.steps += CODE_ROWS, w.sums += CODE_ROWS, w.zeros += 4 * CODE_ROWS;
     }
   }

@@ -1,8 +1,9 @@
 /* Packed rows of keys and values to tiles of bytes, four codes in each 32-bit lane, for byte_dots.h.
 
    Keys become [dim / 4][TILE]: a lane holds four dimensions of a key. Values become [TILE / 4][dim]: a lane holds one
-   dimension of four keys. The order of dimensions in a tile is what is cheapest to make; that of values is in
-   order_values, that of keys in query_position. */
+   dimension of four keys. Codes of 4 bits stay two to a byte, in half as many rows or columns: the products take them
+   apart (code_vector), where the processor has instructions to spare. The order of dimensions in a tile is what is
+   cheapest to make; that of values is in order_values, that of keys in order_queries. */
 #ifndef QSDPA_CODE_TILES_H
 #define QSDPA_CODE_TILES_H
 
@@ -23,10 +24,22 @@ static const uint8_t *tile_rows(const packed *p, long sequence, long head, long 
   return rows;
 }
 
+/* Vector `i` of a tile's row: of codes of 4 bits, two come from one vector in memory, the low halves of its bytes
+   first. */
+INLINE vu code_vector(int nibbles, const uint32_t *row, long i) {
+  if (!nibbles) return load_words(row + i * LANES);
+  return load_words(row + i / 2 * LANES) >> (uint32_t)(i % 2 * 4) & 0x0f0f0f0fu;
+}
+
 /* ---- keys ---- */
 
-/* Where dimension d of a query goes: codes of 4 bits come in even and odd ones. */
-INLINE long query_position(long bits, long d) { return bits == 4 ? d / 8 * 8 + d % 2 * 4 + d % 8 / 2 : d; }
+/* A query in the order of a tile's dimensions: codes of 4 bits come in even and odd ones of eight. */
+static void order_queries(long bits, long dim, const float *restrict q, float *restrict to) {
+  if (bits != 4) memcpy(to, q, (size_t)dim * sizeof *to);
+  for (long d = 0; bits == 4 && d < dim; d += 8) {
+    for (long i = 0; i < 4; i++) to[d + i] = q[d + 2 * i], to[d + 4 + i] = q[d + 2 * i + 1];
+  }
+}
 
 /* 32 dimensions of a tile, from words [bits][TILE]. */
 INLINE void spread_key_codes(int bits, const uint32_t *words, uint32_t *to) {
@@ -49,7 +62,7 @@ INLINE void spread_keys(int bits, long dim, const uint32_t *words, uint32_t *to)
   for (long d = 0; d < dim; d += 32) spread_key_codes(bits, words + d / 32 * bits * TILE, to + d / 4 * TILE);
 }
 
-/* Keys first .. first + count as [dim / 4][TILE] in `to`. `work`: dim * TILE bytes; `rows` as many. Fetches the first
+/* Keys first .. first + count in `to`. `work`: dim * TILE bytes; `rows` as many. Fetches the first
    half of the next tile; code_score_tile fetches the other. */
 static void load_key_codes(const packed *p, long sequence, long head, long first, long count, uint32_t *work,
                            uint8_t *rows, uint32_t *to) {
@@ -57,11 +70,7 @@ static void load_key_codes(const packed *p, long sequence, long head, long first
   const long words = p->dim * p->bits / 32;
   long stride;
   const uint8_t *from = tile_rows(p, sequence, head, first, count, rows, &stride);
-  if (p->bits == 4) {
-    transpose_rows(1, from, stride, words, coming, to);
-    return;
-  }
-  transpose_words(from, stride, words, TILE, coming, p->bits == 8 ? to : work);
+  transpose_words(from, stride, words, TILE, coming, p->bits == 4 || p->bits == 8 ? to : work);
   switch (p->bits) {
     case 2: spread_keys(2, p->dim, work, to); break;
     case 3: spread_keys(3, p->dim, work, to); break;
@@ -75,8 +84,7 @@ static void load_key_codes(const packed *p, long sequence, long head, long first
 #define ZIP4(a, b) a, b, a + 1, b + 1, a + 2, b + 2, a + 3, b + 3
 #define ZIP8(a, b) ZIP4(a, b), ZIP4(a + 4, b + 4)
 
-/* SIZE bytes of four rows: lane j of vector i, in each 128 bits, gets bytes 4 * i + j of all. Codes of 4 bits are
-   then parted, those of even dimensions first. */
+/* SIZE bytes of four rows: lane j of vector i, in each 128 bits, gets bytes 4 * i + j of all. */
 #define DEFINE_QUADS(SIZE, LOW8, HIGH8, LOW16, HIGH16)                                             \
   typedef uint8_t bytes##SIZE __attribute__((vector_size(SIZE)));                                  \
   typedef uint16_t halves##SIZE __attribute__((vector_size(SIZE)));                                \
@@ -94,14 +102,10 @@ static void load_key_codes(const packed *p, long sequence, long head, long first
       q[2 * k + 1] = (quads##SIZE)__builtin_shufflevector(h[k], h[k + 2], HIGH16);                 \
     }                                                                                              \
   }                                                                                                \
-  INLINE void spread_quad##SIZE(int bits, const uint8_t *from, long row, uint32_t *to) {           \
+  INLINE void spread_quad##SIZE(const uint8_t *from, long row, uint32_t *to) {                     \
     quads##SIZE q[4];                                                                              \
     interleave_quad##SIZE(from, row, q);                                                           \
-    UNROLL for (int i = 0; i < 4; i++) {                                                           \
-      const quads##SIZE even = bits == 4 ? q[i] & 0x0f0f0f0fu : q[i], odd = q[i] >> 4 & 0x0f0f0f0fu; \
-      memcpy(to + i * (SIZE / 4), &even, SIZE);                                                    \
-      if (bits == 4) memcpy(to + (4 + i) * (SIZE / 4), &odd, SIZE);                                \
-    }                                                                                              \
+    UNROLL for (int i = 0; i < 4; i++) memcpy(to + i * (SIZE / 4), &q[i], SIZE);                   \
   }
 DEFINE_QUADS(16, ARGS(ZIP8(0, 16)), ARGS(ZIP8(8, 24)), ARGS(ZIP4(0, 8)), ARGS(ZIP4(4, 12)))
 #if LANES >= 8
@@ -121,37 +125,35 @@ INLINE long chunk_size(long bits, long group_size) {
   return size < 4 * LANES ? size : 4 * LANES;
 }
 
-/* Rows [rows][dim] in a tile's order of dimensions, put in order. `row`: dim numbers to work with. */
-static void order_values(const packed *p, long rows, float *values, float *row) {
+/* A row in a tile's order of dimensions, put in order. `work`: dim numbers. */
+static void order_values(const packed *p, float *values, float *work) {
   const long chunk = chunk_size(p->bits, p->group_size), parts = p->bits == 4 ? 2 : 1;
-  for (; rows > 0; rows--) {
-    memcpy(row, values, (size_t)p->dim * sizeof *row);
-    for (long d = 0; d < p->dim; d += parts * chunk, values += parts * chunk) {
-      for (long part = 0; part < parts; part++) { /* even dimensions, odd ones */
-        for (long i = 0; i < 4; i++) {
-          for (long lane = 0; lane < chunk / 16; lane++) {
-            float *to = values + (16 * lane + 4 * i) * parts + part;
-            for (long j = 0; j < 4; j++) to[j * parts] = *row++;
-          }
+  memcpy(work, values, (size_t)p->dim * sizeof *work);
+  long lane = 0; /* of a row of the tile */
+  for (long first = 0; first < p->dim / parts; first += chunk) {
+    for (long i = 0; i < 4; i++) {
+      for (long byte = first + 4 * i; byte < first + chunk; byte += 16) {
+        for (long j = 0; j < 4; j++, lane++) {
+          const float *from = work + lane / LANES * LANES * parts + lane % LANES;
+          for (long part = 0; part < parts; part++) values[(byte + j) * parts + part] = from[part * LANES];
         }
       }
     }
-    row -= p->dim;
   }
 }
 
-INLINE void spread_quad(int bits, int chunk, const uint8_t *from, long row, uint32_t *to) {
+INLINE void spread_quad(int chunk, const uint8_t *from, long row, uint32_t *to) {
 #if LANES >= 16
-  if (chunk == 64) spread_quad64(bits, from, row, to);
+  if (chunk == 64) spread_quad64(from, row, to);
 #endif
 #if LANES >= 8
-  if (chunk == 32) spread_quad32(bits, from, row, to);
+  if (chunk == 32) spread_quad32(from, row, to);
 #endif
-  if (chunk == 16) spread_quad16(bits, from, row, to);
+  if (chunk == 16) spread_quad16(from, row, to);
 }
 
 #if LANES >= 16
-/* Two chunks of 32 bytes at once, of codes of 4 bits. */
+/* Two chunks of 32 bytes at once. */
 INLINE void spread_two_quads32(const uint8_t *from, long row, uint32_t *to) {
   quads64 q[4];
   interleave_quad64(from, row, q);
@@ -160,26 +162,24 @@ INLINE void spread_two_quads32(const uint8_t *from, long row, uint32_t *to) {
       __builtin_shufflevector(q[i], q[i + 1], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
     const quads64 second =
       __builtin_shufflevector(q[i], q[i + 1], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-    store_words(to + 8 * i, first & 0x0f0f0f0fu);
-    store_words(to + 32 + 8 * i, first >> 4 & 0x0f0f0f0fu);
-    store_words(to + 64 + 8 * i, second & 0x0f0f0f0fu);
-    store_words(to + 96 + 8 * i, second >> 4 & 0x0f0f0f0fu);
+    store_words(to + 8 * i, first);
+    store_words(to + 32 + 8 * i, second);
   }
 }
 #endif
 
-INLINE void spread_values(int bits, int chunk, long dim, const uint8_t *from, long row, coming_codes coming,
-                          uint32_t *to) {
-  const long step = bits == 4 ? 2 * chunk : chunk;
+/* Rows of `size` bytes. */
+INLINE void spread_values(int chunk, long size, const uint8_t *from, long row, coming_codes coming, uint32_t *to) {
+  coming.step /= TILE / 4;
   for (long t = 0; t < TILE; t += 4, from += 4 * row) {
-    long d = 0;
+    long i = 0;
     fetch_step(&coming);
 #if LANES >= 16
-    if (bits == 4 && chunk == 32) {
-      for (; d + 2 * step <= dim; d += 2 * step, to += 2 * step) spread_two_quads32(from + d / 2, row, to);
+    if (chunk == 32) {
+      for (; i + 64 <= size; i += 64, to += 64) spread_two_quads32(from + i, row, to);
     }
 #endif
-    for (; d < dim; d += step, to += step) spread_quad(bits, chunk, from + d / 8 * bits, row, to);
+    for (; i < size; i += chunk, to += chunk) spread_quad(chunk, from + i, row, to);
   }
 }
 
@@ -196,13 +196,13 @@ INLINE void widen_codes(int bits, long dim, const uint8_t *from, long row, uint8
   }
 }
 
-/* Values first .. first + count as [TILE / 4][dim] in `to`. `rows` and `wide`: dim * TILE bytes each. Fetches the first
+/* Values first .. first + count in `to`. `rows` and `wide`: dim * TILE bytes each. Fetches the first
    half of the next tile; code_output_tile fetches the other. */
 static void load_value_codes(const packed *p, long sequence, long head, long first, long count, uint8_t *rows,
                              uint8_t *wide, uint32_t *to) {
   long stride;
   const uint8_t *from = tile_rows(p, sequence, head, first, count, rows, &stride);
-  const coming_codes coming = codes_to_come(p, sequence, head, first + TILE, TILE / 2, TILE / 4);
+  const coming_codes coming = codes_to_come(p, sequence, head, first + TILE, TILE / 2, 1);
   switch (p->bits) {
     case 2: widen_codes(2, p->dim, from, stride, wide); break;
     case 3: widen_codes(3, p->dim, from, stride, wide); break;
@@ -210,14 +210,11 @@ static void load_value_codes(const packed *p, long sequence, long head, long fir
     case 6: widen_codes(6, p->dim, from, stride, wide); break;
   }
   if (p->bits != 4 && p->bits != 8) from = wide, stride = p->dim;
-  const long chunk = chunk_size(p->bits, p->group_size);
-  switch ((p->bits == 4) + chunk) {
-    case 16: spread_values(8, 16, p->dim, from, stride, coming, to); break;
-    case 17: spread_values(4, 16, p->dim, from, stride, coming, to); break;
-    case 32: spread_values(8, 32, p->dim, from, stride, coming, to); break;
-    case 33: spread_values(4, 32, p->dim, from, stride, coming, to); break;
-    case 64: spread_values(8, 64, p->dim, from, stride, coming, to); break;
-    case 65: spread_values(4, 64, p->dim, from, stride, coming, to); break;
+  const long size = p->bits == 4 ? p->dim / 2 : p->dim;
+  switch (chunk_size(p->bits, p->group_size)) {
+    case 16: spread_values(16, size, from, stride, coming, to); break;
+    case 32: spread_values(32, size, from, stride, coming, to); break;
+    case 64: spread_values(64, size, from, stride, coming, to); break;
   }
 }
 

@@ -124,24 +124,10 @@ static void transpose_floats(const float *restrict from, long columns, float *re
 
 #define ARGS(...) __VA_ARGS__
 
-/* Rows of words are stored TILE apart; with `nibbles`, the even and the odd 4-bit codes of each word in rows of their
-   own, as bytes. */
-#define DEFINE_STORE_ROW(N)                                                         \
-  typedef uint32_t words##N __attribute__((vector_size(4 * N)));                    \
-  INLINE void store_row##N(int nibbles, words##N row, long i, uint32_t *to) {       \
-    if (!nibbles) {                                                                 \
-      memcpy(to + i * TILE, &row, sizeof row);                                      \
-    } else {                                                                        \
-      const words##N even = row & 0x0f0f0f0fu, odd = row >> 4 & 0x0f0f0f0fu;        \
-      memcpy(to + 2 * i * TILE, &even, sizeof row);                                 \
-      memcpy(to + (2 * i + 1) * TILE, &odd, sizeof row);                            \
-    }                                                                               \
-  }
-
 /* N rows of N words, transposed: log2(N) perfect shuffles of the rows. */
 #define DEFINE_TRANSPOSE(N, LOW, HIGH)                                                                     \
-  DEFINE_STORE_ROW(N)                                                                                      \
-  INLINE void transpose##N(int nibbles, const uint8_t *from, long row, uint32_t *to) {                     \
+  typedef uint32_t words##N __attribute__((vector_size(4 * N)));                                           \
+  INLINE void transpose##N(const uint8_t *from, long row, uint32_t *to) {                                  \
     words##N r[N], s[N];                                                                                   \
     UNROLL for (int i = 0; i < N; i++) memcpy(&r[i], from + i * row, sizeof r[i]);                         \
     UNROLL for (int step = 1; step < N; step *= 2) {                                                       \
@@ -151,19 +137,17 @@ static void transpose_floats(const float *restrict from, long columns, float *re
       }                                                                                                    \
       UNROLL for (int i = 0; i < N; i++) r[i] = s[i];                                                      \
     }                                                                                                      \
-    UNROLL for (int i = 0; i < N; i++) store_row##N(nibbles, r[i], i, to);                                 \
+    UNROLL for (int i = 0; i < N; i++) memcpy(to + i * TILE, &r[i], sizeof r[i]);                          \
   }
 DEFINE_TRANSPOSE(4, ARGS(0, 4, 1, 5), ARGS(2, 6, 3, 7))
 #if LANES >= 8
 DEFINE_TRANSPOSE(8, ARGS(0, 8, 1, 9, 2, 10, 3, 11), ARGS(4, 12, 5, 13, 6, 14, 7, 15))
 #endif
 #if LANES >= 16
-DEFINE_STORE_ROW(16)
-
 /* The same for sixteen, by the faster shuffles within 128 bits, then those of whole 128 bits. */
-INLINE void transpose16(int nibbles, const uint8_t *from, long row, uint32_t *to) {
-  words16 r[16], s[16];
-  UNROLL for (int i = 0; i < 16; i++) memcpy(&r[i], from + i * row, sizeof r[i]);
+INLINE void transpose16(const uint8_t *from, long row, uint32_t *to) {
+  vu r[16], s[16];
+  UNROLL for (int i = 0; i < 16; i++) r[i] = keep_words(load_words((const uint32_t *)(from + i * row)));
 #define FOUR(a, b, c, d, n) (a) + (n), (b) + (n), (c) + (n), (d) + (n)
 #define QUARTERS(a, b, c, d) FOUR(a, b, c, d, 0), FOUR(a, b, c, d, 4), FOUR(a, b, c, d, 8), FOUR(a, b, c, d, 12)
 #define WHOLE(a) a, (a) + 1, (a) + 2, (a) + 3
@@ -178,16 +162,16 @@ INLINE void transpose16(int nibbles, const uint8_t *from, long row, uint32_t *to
     }
   }
   UNROLL for (int k = 0; k < 4; k++) {
-    words16 t[4];
+    vu t[4];
     UNROLL for (int i = 0; i < 2; i++) {
       t[i] = __builtin_shufflevector(r[8 * i + k], r[8 * i + 4 + k], WHOLE(0), WHOLE(8), WHOLE(16), WHOLE(24));
       t[2 + i] = __builtin_shufflevector(r[8 * i + k], r[8 * i + 4 + k], WHOLE(4), WHOLE(12), WHOLE(20), WHOLE(28));
     }
     UNROLL for (int i = 0; i < 2; i++) {
-      const words16 low = __builtin_shufflevector(t[2 * i], t[2 * i + 1], WHOLE(0), WHOLE(8), WHOLE(16), WHOLE(24));
-      const words16 high = __builtin_shufflevector(t[2 * i], t[2 * i + 1], WHOLE(4), WHOLE(12), WHOLE(20), WHOLE(28));
-      store_row16(nibbles, low, 4 * i + k, to);
-      store_row16(nibbles, high, 4 * i + 8 + k, to);
+      const vu low = __builtin_shufflevector(t[2 * i], t[2 * i + 1], WHOLE(0), WHOLE(8), WHOLE(16), WHOLE(24));
+      const vu high = __builtin_shufflevector(t[2 * i], t[2 * i + 1], WHOLE(4), WHOLE(12), WHOLE(20), WHOLE(28));
+      store_words(to + (4 * i + k) * TILE, low);
+      store_words(to + (4 * i + 8 + k) * TILE, high);
     }
   }
 #undef FOUR
@@ -196,37 +180,26 @@ INLINE void transpose16(int nibbles, const uint8_t *from, long row, uint32_t *to
 }
 #endif
 
-INLINE void transpose_block(int n, int nibbles, const uint8_t *from, long row, uint32_t *to) {
+INLINE void transpose_block(int n, const uint8_t *from, long row, uint32_t *to) {
 #if LANES >= 16
-  if (n == 16) transpose16(nibbles, from, row, to);
+  if (n == 16) transpose16(from, row, to);
 #endif
 #if LANES >= 8
-  if (n == 8) transpose8(nibbles, from, row, to);
+  if (n == 8) transpose8(from, row, to);
 #endif
-  if (n == 4) transpose4(nibbles, from, row, to);
+  if (n == 4) transpose4(from, row, to);
 }
 
 /* Whole tile in blocks of n; the last block of columns ends with the row, so that nothing behind it is read. */
-INLINE void transpose_tile(int n, int nibbles, const uint8_t *from, long row, long words, coming_codes coming,
-                           uint32_t *to) {
+INLINE void transpose_tile(int n, const uint8_t *from, long row, long words, coming_codes coming, uint32_t *to) {
   coming.step /= (words + n - 1) / n * (TILE / n);
   for (long c = 0; c < words; c += n) {
     const long column = c + n <= words ? c : words - n;
     for (long t = 0; t < TILE; t += n) {
       const uint8_t *block = from + t * row + column * 4;
       fetch_step(&coming);
-      transpose_block(n, nibbles, block, row, to + column * (1 + nibbles) * TILE + t);
+      transpose_block(n, block, row, to + column * TILE + t);
     }
-  }
-}
-
-INLINE void transpose_rows(int nibbles, const uint8_t *from, long row, long words, coming_codes coming, uint32_t *to) {
-  if (LANES >= 16 && words >= 16) {
-    transpose_tile(16, nibbles, from, row, words, coming, to);
-  } else if (LANES >= 8 && words >= 8) {
-    transpose_tile(8, nibbles, from, row, words, coming, to);
-  } else {
-    transpose_tile(4, nibbles, from, row, words, coming, to);
   }
 }
 
@@ -239,8 +212,12 @@ static void transpose_words(const uint8_t *from, long row, long words, long coun
         to[w * TILE + t] = word;
       }
     }
+  } else if (LANES >= 16 && words >= 16) {
+    transpose_tile(16, from, row, words, coming, to);
+  } else if (LANES >= 8 && words >= 8) {
+    transpose_tile(8, from, row, words, coming, to);
   } else {
-    transpose_rows(0, from, row, words, coming, to);
+    transpose_tile(4, from, row, words, coming, to);
   }
 }
 

@@ -74,6 +74,8 @@ INLINE vf keep(vf v) {
   return v;
 }
 
+INLINE vu keep_words(vu v) { return (vu)keep((vf)v); }
+
 /* Lane i takes lane i ^ 1, i ^ 2, ... : every lane ends up with all. */
 #if LANES == 16
 #define SWAP_LANES_8(v) __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7)
