@@ -79,6 +79,12 @@ struct DecodeConfig {
   static constexpr int ARGUMENTS = EXCHANGE + (TEAM > 1 ? WARPS * PARTS * ROWS * 64 : 0);
   static constexpr int ARGUMENT_BYTES = 640;
   static constexpr int SHARED_BYTES = ARGUMENTS + ARGUMENT_BYTES;
+
+  // Where a half of a query row goes, and by what it is multiplied.
+  __device__ __forceinline__ static int query_place(int row, int dim) {
+    return QUERIES + (row * QUERY_PITCH + dim) * 2;
+  }
+  __device__ __forceinline__ static float query_gain(int) { return 1.0f; }
 };
 
 template <typename C>

@@ -59,7 +59,12 @@ class QueryRows {
       }
       peak = warp_max(peak);
       finite = __all_sync(~0u, finite);
-      const float factor = C::KEY_BYTES ? store_integers(x, row, peak) : store_halves(x, row, peak);
+      float factor;
+      if constexpr (C::KEY_BYTES) {
+        factor = store_integers(x, row, peak);
+      } else {
+        factor = store_halves(x, row, peak);
+      }
       if constexpr (C::HAS_SUMS) store_sums(x, row);
       // At least so much that a masked score times it is no NaN; integers cannot tell that a number was not finite.
       if (lane == 0) memory.as<float>(C::ROW_FACTORS)[row] = finite ? fmaxf(scale / factor, 1e-36f) : not_a_number();
@@ -71,18 +76,18 @@ class QueryRows {
   // A row as halves of a largest magnitude in [512, 1024), one or two each. Returns the factor on it, and in x what the
   // halves are.
   __device__ __forceinline__ float store_halves(float (&x)[D / 32], int row, float peak) const {
-    __half* halves = memory.as<__half>(C::QUERIES);
     const int exponent = __float_as_uint(peak) >> 23;
     const float factor = __uint_as_float(static_cast<u32>(min(max(263 - exponent, 1), 253)) << 23);
 #pragma unroll
     for (int i = 0; i < D / 32; ++i) {
+      const int dim = 32 * i + lane;
       const float scaled = x[i] * factor;
-      const __half high = __float2half_rn(scaled);
-      halves[row * C::QUERY_PITCH + 32 * i + lane] = high;
-      x[i] = __half2float(high);
+      __half* half = memory.as<__half>(C::query_place(row, dim));
+      *half = __float2half_rn(scaled * C::query_gain(dim));
+      x[i] = __half2float(__float2half_rn(scaled));
       if constexpr (C::TERMS == 2) {
         const __half low = __float2half_rn(scaled - x[i]);
-        halves[(ROWS + row) * C::QUERY_PITCH + 32 * i + lane] = low;
+        half[ROWS * C::QUERY_PITCH] = low;
         x[i] += __half2float(low);
       }
     }

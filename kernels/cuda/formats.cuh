@@ -317,6 +317,20 @@ __device__ constexpr int raw_key_bit(int p) {
   return F::BITS == 8 ? 0 : F::BITS == 4 ? 2 + p % 2 * 4 : 2 + 2 * p;
 }
 
+// The pair of a lane that has a dimension, and where that goes in the contraction of products of 16: that of a lane's
+// first pair is 2t and 2t + 1, and that of its second one eight further on.
+template <typename F>
+__device__ constexpr int raw_key_pair(int dim) {
+  return F::BITS == 8 ? dim % 32 / 16 * 2 + dim % 4 / 2 : dim % 4;
+}
+template <typename F>
+__device__ constexpr int raw_key_place(int dim) {
+  const int block = F::PAIRED_BLOCKS ? dim / 64 * 2 + dim % 8 / 4 : dim / 32;
+  const int t = F::PAIRED_BLOCKS ? dim % 64 / 16 : F::BITS == 8 ? dim % 16 / 4 : dim % 32 / 8;
+  const int half = F::PAIRED_BLOCKS ? dim % 16 / 8 : F::BITS == 8 ? dim % 2 : dim % 8 / 4;
+  return 32 * block + 8 * raw_key_pair<F>(dim) + 2 * t + half;
+}
+
 // As load_keys(), with fields raw, times 2^(raw_key_bit() - 24).
 template <typename F, typename Words>
 __device__ __forceinline__ void load_raw_keys(u32 (&low)[4], u32 (&high)[4], Words& words, u32 rows, u32 place,

@@ -142,6 +142,11 @@ struct ScaleTile {
   }
 };
 
+template <typename T>
+__device__ __forceinline__ T load_scale(u32 address) {
+  return *reinterpret_cast<const T*>(__cvta_shared_to_generic(address));
+}
+
 // COUNT scales of one row of a tile of rows of ROW, from number `first` on. A few are read at once, as words.
 template <int ROW, int COUNT, typename T>
 struct ScaleRow {
@@ -164,12 +169,8 @@ struct ScaleRow {
     if constexpr (HELD) {
       return from_bits(i % 2 ? words[i / 2] >> 16 : words[i / 2] & 0xffff);
     } else {
-      return *reinterpret_cast<const T*>(__cvta_shared_to_generic(address + i * sizeof(T)));
+      return load_scale<T>(address + i * sizeof(T));
     }
-  }
-  // Of any number, at run time.
-  __device__ __forceinline__ T at(int i) const {
-    return *reinterpret_cast<const T*>(__cvta_shared_to_generic(address + i * sizeof(T)));
   }
   __device__ __forceinline__ static T from_bits(unsigned short bits) {
     T x;

@@ -128,8 +128,8 @@ __device__ __forceinline__ void multiply_columns(float (&c)[8][4], const u32 (&a
 #undef QSDPA_PRODUCT
 }
 
-// c[64 x 16] = a * b, or += with `add`: 16 columns of a in registers, b in shared memory, its contraction along the rows
-// or (DOWN) down them.
+// c[64 x 16] = a * b, or += with `add`: 16 columns of a in registers, b in shared memory, its contraction along the
+// rows or (DOWN) down them.
 template <bool BF16, bool DOWN>
 __device__ __forceinline__ void multiply_left(float (&c)[2][4], const u32 (&a)[4], u64 b, int add) {
 #define QSDPA_PRODUCT(TYPE)                                                                                   \

@@ -1,5 +1,5 @@
-// Attention of 9 to 32 query rows over quantized keys and values, on Hopper's tensor cores: decode.cuh with the products
-// of warpgroups (wgmma.cuh). Splits, tiles, copies and merging are the same; a team is a warpgroup with tiles of 64 keys.
+// Attention of 16 or 32 query rows over quantized keys and values, on Hopper's tensor cores: decode.cuh with products
+// of warpgroups (wgmma.cuh). Splits, copies and merging are the same; a team is a warpgroup, with tiles of 64 keys.
 //
 // Keys and values are the wide side, and come out of their words into registers, raw; queries and probabilities are
 // narrow, and come from shared memory:
@@ -18,7 +18,6 @@
 #pragma once
 #include "decode_copies.cuh"
 #include "decode_merge.cuh"
-#include "decode_queries.cuh"
 #include "wide_mask.cuh"
 #include "wide_queries.cuh"
 #include "wide_scores.cuh"
@@ -41,9 +40,9 @@ class WideDecoder {
       : a(arguments), memory{begin}, shared(shared_address(begin)), work(a) {}
 
   __device__ __forceinline__ void run() {
-    const QueryRows<C> query_rows(a, work, DecodeLane<C>(), memory);
-    typename QueryRows<C>::Raw raw;
-    query_rows.load(raw);  // ahead of the first tiles, which would delay them
+    const WideQueries<C> queries(a, work, memory);
+    typename WideQueries<C>::Raw raw;
+    queries.load(raw);  // ahead of the first tiles, which would delay them
     const TileCopier<C> copier(a, work, memory);
     const u32 ring = shared + C::RINGS + place.team * STAGES * C::STAGE;
     auto fetch = [&](int tile, int stage) { copier.fetch(tile, ring + stage * C::STAGE); };
@@ -52,9 +51,7 @@ class WideDecoder {
     int tile = work.split * C::TEAMS + place.team, stage = 0, parity = 0;
 #pragma unroll
     for (int s = 0; s < STAGES - 1; ++s) fetch(tile + s * stride, s);
-    query_rows.store(raw);
-    __syncthreads();
-    WideQueries<C>(shared, memory).arrange();
+    queries.store(raw);
     wait_copies<STAGES - 2>();
     __syncthreads();
 

@@ -59,8 +59,6 @@ struct WideConfig {
   static constexpr int QUERY_TILE = 2 * TEAMS * WEIGHT_TILE;
   static constexpr int QUERY_SUM_TILE = QUERY_TILE + panels(D) * QUERY_PANEL;
   static constexpr int RINGS = QUERY_SUM_TILE + QUERY_PANEL;
-  static constexpr int QUERIES = 0, QUERY_PITCH = D + 32;  // over the weights, until they have become operands
-  static_assert(ROWS * QUERY_PITCH * 2 <= QUERY_TILE, "the weights have room for the queries");
 
   static constexpr int VALUES = KeyTile::BYTES;  // of a stage
   static constexpr int KEY_SCALES = VALUES + ValueTile::BYTES;
@@ -85,6 +83,15 @@ struct WideConfig {
   static constexpr int ARGUMENTS = PEAKS + WARPS * PEAK_SET * 4;
   static constexpr int ARGUMENT_BYTES = 640;
   static constexpr int SHARED_BYTES = ARGUMENTS + ARGUMENT_BYTES;
+
+  // Where a half of a query row goes, and by what it is multiplied: less by the bit at which its codes begin.
+  __device__ __forceinline__ static int query_place(int row, int dim) {
+    const int at = raw_key_place<K>(dim);
+    return QUERY_TILE + at / 64 * QUERY_PANEL + swizzled(row, at % 64 / 8) + at % 8 * 2;
+  }
+  __device__ __forceinline__ static float query_gain(int dim) {
+    return QUERY_GAIN / static_cast<float>(1 << raw_key_bit<K>(raw_key_pair<K>(dim)));
+  }
 };
 
 // A thread's place in its block. A team is a warpgroup; that all lanes have the same lets addresses be uniform.

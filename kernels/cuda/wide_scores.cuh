@@ -78,7 +78,8 @@ class WideScores {
     commit_products();
   }
 
-  // Biases times sums of queries: twice, since sums are two numbers each. Without biases, what codes are off the center.
+  // Biases times sums of queries: twice, since sums are two numbers each. Without biases codes are off their center, by
+  // a number of scales.
   __device__ __forceinline__ void multiply_biases(Scores& s, u32 stage) const {
     const u32 biases = stage + (K::HAS_BIAS ? C::KEY_BIASES : C::KEY_SCALES);
     const u32 operand[4] = {bias_word(biases, place.key()), bias_word(biases, place.key() + 8), 0, 0};

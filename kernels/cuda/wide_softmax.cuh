@@ -19,6 +19,7 @@ class WideSoftmax {
   using Scales = ScaleRow<C::VALUE_GROUPS, C::VALUE_GROUPS, typename V::Scale>;
   static constexpr int NB = C::ROW_BLOCKS, GROUPS = C::VALUE_GROUPS;
   static constexpr bool BF16 = C::BF16_VALUE_SCALES;
+  static constexpr int SCALE_BYTES = sizeof(typename V::Scale);
   static constexpr float FIRST_EXPONENT = 4.0f, MOST_PROBABILITY = 16384.0f;
   static constexpr int SCALE_EXPONENT = -1, BIAS_EXPONENT = 7;  // of the largest, in their units
   static constexpr float MOST_SCALE = 2.0f, MOST_BIAS = 32768.0f;
@@ -31,6 +32,7 @@ class WideSoftmax {
   float* const peaks;        // of the team's warps
   const u32 weights;         // shared address
   u32 stored;                // from there on
+  u32 biases;                // from the stage's on: of group r, of key 2t of the warp's
   float sums[NB][2] = {};    // lanes r < GROUPS: of biases times probabilities; r == GROUPS: of probabilities
   float scale_unit = 0.0f;   // a power of two; zero as long as no key was seen
   float bias_unit = BF16 ? 0.0f : 1.0f;
@@ -41,14 +43,13 @@ class WideSoftmax {
         memory(memory),
         rows(memory.as<float2>(C::TEAM_ROWS) + place.team * C::ROWS),
         peaks(memory.as<float>(C::PEAKS) + place.team * C::TEAM * C::PEAK_SET),
-        weights(shared + 2 * place.team * C::WEIGHT_TILE) {
+        weights(shared + 2 * place.team * C::WEIGHT_TILE),
+        biases(BIASES + ((16 * place.warp + 2 * place.t) * GROUPS + min(place.r, GROUPS - 1)) * SCALE_BYTES) {
     // Where a lane's row of the four matrices lies: blocks of rows, or two of them of both eights of keys.
     const int key = 16 * place.warp + place.lane % 8, matrix = place.lane / 8;
     stored = NB == 2 ? swizzled(key + matrix / 2 * 8, matrix % 2) : swizzled(key, matrix);
     keep(stored);
-    for (int row = threadIdx.x % C::TEAM_THREADS; row < C::ROWS; row += C::TEAM_THREADS)
-      rows[row] = {C::MASK == ADDITIVE ? 1.0f : memory.as<float>(C::ROW_FACTORS)[row], LOWEST};
-    place.team_barrier();
+    keep(biases);
   }
 
   __device__ __forceinline__ u32 tile(int parity) const { return weights + parity * C::WEIGHT_TILE; }
@@ -166,9 +167,9 @@ class WideSoftmax {
     }
   }
 
-  // Of biases, the lane's two: group r, keys 2t and 2t + 1 of the eight from `first` on of the warp's.
+  // A lane's bias number i of the eight keys from `first` on of the warp's: of key 2t + i, in group r.
   __device__ __forceinline__ typename V::Scale bias(u32 stage, int first, int i) const {
-    return Scales(stage + BIASES, 16 * place.warp + first + 2 * place.t + i, 0).at(min(place.r, GROUPS - 1));
+    return load_scale<typename V::Scale>(stage + biases + (first + i) * GROUPS * SCALE_BYTES);
   }
 
   // As halves: a row of an operand. Row number GROUPS is ones.
