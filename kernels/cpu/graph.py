@@ -53,9 +53,11 @@ class GraphError(Exception):
 class Graph:
     """The loaded library. ``compile_seconds`` is 0 where the cache had it.
 
-    attend(kernel, fields, scale, value_dim, *arrays): makes the second of ``arrays``, a new array of any shape and
-        dtype, the lazy output of the C function at the address ``kernel``, over the structure ``fields`` (``bytes``).
-        Returns 0, 1 if an array is traced, or 2 if an array is not kept as new ones are; then nothing was done.
+    attend(kernel, fields, scale, value_dim, stacked, *arrays): makes the second of ``arrays``, a new array of any shape
+        and dtype, the lazy output of the C function at the address ``kernel``, over the structure ``fields``
+        (``bytes``). ``stacked``: the heads of the keys, where codes and scales of keys are those of a stack of keys and
+        values, and the other parts are ``None``; else 0. Returns 0, 1 if an array is traced, or 2 if an array is not
+        kept as new ones are; then nothing was done.
     """
 
     attend: Callable[..., int]
@@ -82,9 +84,11 @@ def attend_lazily(
     Raises:
         Declined: an input is traced (``mx.compile``, ``mx.vmap``, ``mx.grad``).
     """
-    arrays = plans.arrays_of(call)
+    stack, sig = call.stack, call.signature
+    arrays = plans.arrays_of(call) if stack is None else plans.arrays_of_stack(call, stack)
     arrays[1] = out = mx.array(0)
-    if refusal := attend(kernel, bytes(fields), call.scale, call.signature.value_dim, *arrays):
+    stacked = 0 if stack is None else sig.kv_heads
+    if refusal := attend(kernel, bytes(fields), call.scale, sig.value_dim, stacked, *arrays):
         raise Declined(_REFUSALS[refusal])
     return out
 

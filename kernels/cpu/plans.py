@@ -12,8 +12,9 @@ import mlx.core as mx
 
 from qsdpa_patch.kernels.attention_call import AttentionCall, Signature
 from qsdpa_patch.kernels.format import Format
+from qsdpa_patch.kernels.quantized_tensor import PackedStack
 
-__all__ = ["VIEW_COUNT", "CallFields", "arrays_of", "fill_fields"]
+__all__ = ["VIEW_COUNT", "CallFields", "arrays_of", "arrays_of_stack", "fill_fields"]
 
 VIEW_COUNT = 12
 _VIEWS = VIEW_COUNT * 5  # an address and four strides each
@@ -32,21 +33,26 @@ _MASKS = {"none": 0, "causal": 1, "bool": 2, "additive": 3}
 
 def arrays_of(call: AttentionCall) -> list[mx.array | None]:
     """The arrays of ``call`` in the order of the C structure's views, the output (the second) left out."""
-    keys, values, rope = call.keys, call.values, call.rope
-    return [
+    keys, values = call.keys, call.values
+    parts = [keys.codes, keys.scales, keys.biases, values.codes, values.scales, values.biases]
+    return [*_unquantized_arrays_of(call), *parts]
+
+
+def arrays_of_stack(call: AttentionCall, stack: PackedStack) -> list[mx.array | None]:
+    """Likewise, with the two arrays of ``stack``, of keys and values, in place of the keys' codes and scales alone."""
+    return [*_unquantized_arrays_of(call), stack.codes, stack.scales, None, None, None, None]
+
+
+def _unquantized_arrays_of(call: AttentionCall) -> tuple[mx.array | None, ...]:
+    rope = call.rope
+    return (
         call.queries,
         None,
         call.mask if isinstance(call.mask, mx.array) else None,
         call.sinks,
         None if rope is None else rope.queries,
         None if rope is None else rope.keys,
-        keys.codes,
-        keys.scales,
-        keys.biases,
-        values.codes,
-        values.scales,
-        values.biases,
-    ]
+    )
 
 
 def fill_fields(call: AttentionCall, threads: int) -> ctypes.Array[ctypes.c_int64]:

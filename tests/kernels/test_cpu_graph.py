@@ -123,9 +123,12 @@ def test_inputs_need_not_be_evaluated() -> None:
     assert relative_error(out, wanted) <= 2e-3
 
 
-def test_slices_are_read_in_place() -> None:
+@pytest.mark.parametrize("kv_heads", [1, 2])
+@pytest.mark.parametrize("stacked", [False, True])
+def test_slices_are_read_in_place(stacked: bool, kv_heads: int) -> None:
     """Keys and values are slices of buffers, which nothing copies: every view is that of the array itself."""
-    call, recorder = build(CALL), Recorder()
+    call, recorder = build(replace(CALL, stacked=stacked, kv_heads=kv_heads)), Recorder()
+    assert (call.stack is not None) == stacked
     parts = (*call.keys.parts, *call.values.parts)
     mx.eval(*parts)
     before = mx.get_active_memory()

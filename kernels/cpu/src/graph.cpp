@@ -53,7 +53,8 @@ struct view {
 };
 
 /* The views of the C structure `call`, which come first in it. */
-enum { OUTPUT = 1, MASK = 2, SINKS = 3, VIEWS = 12 };
+enum { OUTPUT = 1, MASK = 2, SINKS = 3, KEYS = 6, VALUES = 9, VIEWS = 12 };
+enum { CODES, SCALES, BIASES }; /* of keys, and of values */
 
 view view_of(const mx::array &a) {
   view v = {a.data<uint8_t>(), {}};
@@ -68,6 +69,24 @@ bool can_be_read(int place, const mx::array &a) {
   return place == MASK || place == SINKS || a.shape(-1) == 1 || a.strides(-1) == 1;
 }
 
+view heads_of(const view &v, int first, int heads) {
+  view part = v;
+  part.data += first * v.strides[1];
+  if (heads == 1) part.strides[1] = 0;
+  return part;
+}
+
+/* The parts of keys and values of `heads` heads each, where those of the keys are a PackedStack of both. */
+void part_stack(view *views, int heads, bool has_biases) {
+  const view codes = views[KEYS + CODES], scales = views[KEYS + SCALES];
+  for (int i = 0; i < 2; i++) {
+    view *parts = views + (i ? VALUES : KEYS);
+    parts[CODES] = heads_of(codes, i * heads, heads);
+    parts[SCALES] = heads_of(scales, i * heads, heads);
+    if (has_biases) parts[BIASES] = heads_of(scales, (2 + i) * heads, heads);
+  }
+}
+
 void gather(const view &from, const mx::Shape &shape, size_t itemsize, uint8_t *to) {
   for (int64_t i = 0; i < shape[0]; i++)
     for (int64_t j = 0; j < shape[1]; j++)
@@ -80,10 +99,16 @@ void gather(const view &from, const mx::Shape &shape, size_t itemsize, uint8_t *
 
 class QuantizedAttention : public mx::Primitive {
  public:
-  /* fields: the structure `call`, its views left out. places: of the inputs among the views. */
+  /* fields: the structure `call`, its views left out. places: of the inputs among the views. stacked: heads of the keys
+     where their codes and scales are those of a stack, of keys and values; else 0. */
   QuantizedAttention(mx::Stream stream, kernel attend, std::vector<int64_t> fields, double scale,
-                     std::vector<int> places)
-      : Primitive(stream), attend_(attend), fields_(std::move(fields)), scale_(scale), places_(std::move(places)) {}
+                     std::vector<int> places, int stacked)
+      : Primitive(stream),
+        attend_(attend),
+        fields_(std::move(fields)),
+        scale_(scale),
+        places_(std::move(places)),
+        stacked_(stacked) {}
 
   /* Called by who evaluates; only what is dispatched runs on the stream's thread, where inputs have their numbers. MLX
      keeps the buffers of inputs, outputs and temporaries until then. */
@@ -91,9 +116,12 @@ class QuantizedAttention : public mx::Primitive {
     auto &encoder = mx::cpu::get_command_encoder(stream());
     auto call = fields_;
     auto *views = reinterpret_cast<view *>(call.data());
+    bool has_biases = false;
     for (size_t i = 0; i < inputs.size(); i++) {
+      if (places_[i] == KEYS + SCALES) has_biases = inputs[i].shape(1) == 4 * stacked_;
       views[places_[i]] = can_be_read(places_[i], inputs[i]) ? view_of(inputs[i]) : view_of_copy(inputs[i], encoder);
     }
+    if (stacked_) part_stack(views, stacked_, has_biases);
     outputs[0].set_data(mx::allocator::malloc(outputs[0].nbytes()));
     views[OUTPUT] = view_of(outputs[0]);
     encoder.dispatch([call = std::move(call), scale = scale_, attend = attend_] {
@@ -122,6 +150,7 @@ class QuantizedAttention : public mx::Primitive {
   std::vector<int64_t> fields_;
   double scale_;
   std::vector<int> places_;
+  int stacked_;
 };
 
 /* nanobind's object: Python's header (16 bytes, but in free-threaded builds), the array's distance from the object's
@@ -141,7 +170,8 @@ mx::array *array_in(PyObject *object, PyObject *example) {
 
 enum { BUILT, TRACED, OTHER_OBJECT };
 
-int build(kernel attend, const char *fields, size_t size, double scale, int value_dim, PyObject *const *objects) {
+int build(kernel attend, const char *fields, size_t size, double scale, int value_dim, int stacked,
+          PyObject *const *objects) {
   std::vector<mx::array> inputs;
   std::vector<int> places;
   inputs.reserve(VIEWS);
@@ -160,16 +190,16 @@ int build(kernel attend, const char *fields, size_t size, double scale, int valu
   mx::Shape shape = {queries.shape(0), queries.shape(1), queries.shape(2), value_dim};
   const auto dtype = queries.dtype();
   auto primitive = std::make_shared<QuantizedAttention>(mx::default_stream(mx::Device::cpu), attend, std::move(call),
-                                                        scale, std::move(places));
+                                                        scale, std::move(places), stacked);
   *array_in(objects[OUTPUT], objects[OUTPUT]) = mx::array(std::move(shape), dtype, std::move(primitive), std::move(inputs));
   return BUILT;
 }
 
-/* (address of qsdpa_attend, fields, scale, value_dim, the 12 arrays of `call` or None) -> BUILT or why not. */
+/* (address of qsdpa_attend, fields, scale, value_dim, stacked, the 12 arrays of `call` or None) -> BUILT or why not. */
 PyObject *attend(PyObject *, PyObject *const *arguments, intptr_t count) {
   char *fields;
   intptr_t size;
-  if (count != 4 + VIEWS) {
+  if (count != 5 + VIEWS) {
     PyErr_SetString(PyExc_RuntimeError, "wrong number of arguments");
     return nullptr;
   }
@@ -177,9 +207,10 @@ PyObject *attend(PyObject *, PyObject *const *arguments, intptr_t count) {
   if (PyBytes_AsStringAndSize(arguments[1], &fields, &size)) return nullptr;
   const double scale = PyFloat_AsDouble(arguments[2]);
   const int value_dim = static_cast<int>(PyLong_AsLong(arguments[3]));
+  const int stacked = static_cast<int>(PyLong_AsLong(arguments[4]));
   if (PyErr_Occurred()) return nullptr;
   try {
-    return PyLong_FromLong(build(attend, fields, static_cast<size_t>(size), scale, value_dim, arguments + 4));
+    return PyLong_FromLong(build(attend, fields, static_cast<size_t>(size), scale, value_dim, stacked, arguments + 5));
   } catch (const std::exception &error) {
     PyErr_SetString(PyExc_RuntimeError, error.what());
     return nullptr;
