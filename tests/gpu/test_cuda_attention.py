@@ -10,7 +10,7 @@ from itertools import cycle, product
 import mlx.core as mx
 import pytest
 
-from qsdpa_patch.kernels.attention_call import AttentionCall, RopeTerm, check_call
+from qsdpa_patch.kernels.attention_call import AttentionCall, RopeTerm, Signature, check_call
 from qsdpa_patch.kernels.cuda import backend, tickets
 from qsdpa_patch.kernels.cuda.decode import DecodeKernel
 from qsdpa_patch.kernels.cuda.decode_plan import decode_plan
@@ -66,15 +66,21 @@ def test_random_mla_calls(seed: int) -> None:
     _check(build(case), str(case))
 
 
-def _check_wide(call: AttentionCall, description: str) -> None:
-    """By the kernels that take the call, and where the device has warpgroup products by the one with them."""
-    _check(call, description)
+def _wide_kernel(signature: Signature) -> DecodeKernel | None:
+    """The kernel with warpgroup products, where the device has them."""
     limits = device_limits()
     assert limits is not None
-    if limits.capability == HOPPER.capability:
-        # Of many sequences, with which the kernel is the same: of one, contexts may have to be longer for it.
-        plan = wide_plan(call.signature._replace(batch=64), limits)
-        kernel = DecodeKernel(replace(plan, signature=call.signature, ideal_splits=16))
+    if limits.capability != HOPPER.capability:
+        return None
+    # Of many sequences, with which the kernel is the same: of one, contexts may have to be longer for it.
+    plan = wide_plan(signature._replace(batch=64), limits)
+    return DecodeKernel(replace(plan, signature=signature, ideal_splits=16))
+
+
+def _check_wide(call: AttentionCall, description: str) -> None:
+    """By the kernels that take the call, and by the one with warpgroup products."""
+    _check(call, description)
+    if kernel := _wide_kernel(call.signature):
         error = relative_error(kernel(call), expected(call))
         assert error <= TOLERANCES[call.signature.dtype], f"error {error:.2g} in {description}"
 
@@ -123,6 +129,14 @@ def test_magnitudes_of_values_with_some_query_rows(format: Format, dtype: mx.Dty
 def test_scales_out_of_the_ordinary_with_some_query_rows(mask: str, scale: float) -> None:
     call = build(replace(_WIDE, dtype=mx.float16, count=500, capacity=500, mask=mask))
     _check_wide(replace(call, scale=scale), f"scale {scale}")
+
+
+@pytest.mark.parametrize("mask", ["none", "additive"])
+def test_some_query_rows_that_are_not_finite(mask: str) -> None:
+    call = build(replace(_WIDE, dtype=mx.float16, count=500, capacity=500, mask=mask))
+    check_queries_that_are_not_finite(backend.attend, call)
+    if kernel := _wide_kernel(call.signature):
+        check_queries_that_are_not_finite(kernel, call)
 
 
 _FORMATS_AND_DTYPES = list(zip(FORMATS, cycle((mx.float16, mx.bfloat16)), strict=False))
