@@ -104,8 +104,8 @@ def _fewest_rows(sig: Signature) -> int:
 def _fewest_tiles(sig: Signature, rows: int) -> int:
     """Tiles of a multiprocessor from which on the kernel was faster than the general one on an H200.
 
-    It begins and ends later, by 3 to 4 microseconds, and gains on each tile; the most where the general kernel has its
-    accumulators in the registers of several warps.
+    It begins and ends later, by 3 to 4 microseconds, and gains on each tile: the most where the general kernel has to
+    share its accumulators out to several warps.
     """
     if rows == 16:
         return 40
