@@ -86,10 +86,9 @@ def _graph_failure() -> str:
     """Why the kernel cannot be an operation of the lazy graph; empty when it can, and its results are right."""
     try:
         graph = load_graph(load_library().path)
-    except GraphError as error:
-        failure = str(error)
-    else:
         failure = wrong_results(lambda call: _attend_in_graph(graph, call))
+    except (GraphError, Declined, RuntimeError) as error:
+        failure = str(error)
     if failure:
         _log.info("the CPU kernel evaluates its inputs at each call: %s", failure)
     return failure

@@ -1,7 +1,7 @@
 /* The CPU kernel as an operation of MLX's lazy graph.
 
-   Python's arrays become inputs of a primitive, and one array that Python has just made becomes its output. MLX runs the
-   primitive when somebody asks for its output, on the thread of its CPU stream, as it runs operations of its own.
+   Python's arrays become inputs of a primitive, and one array that Python has just made becomes its output. MLX runs
+   the primitive when somebody asks for its output, on the thread of its CPU stream, as it runs operations of its own.
 
    MLX's headers are those of the wheel. Of CPython, only its stable ABI is used, and declared here: its headers may not
    be installed. Where an array lies within the Python object around it is nanobind's business (nb_inst in its
@@ -191,7 +191,8 @@ int build(kernel attend, const char *fields, size_t size, double scale, int valu
   const auto dtype = queries.dtype();
   auto primitive = std::make_shared<QuantizedAttention>(mx::default_stream(mx::Device::cpu), attend, std::move(call),
                                                         scale, std::move(places), stacked);
-  *array_in(objects[OUTPUT], objects[OUTPUT]) = mx::array(std::move(shape), dtype, std::move(primitive), std::move(inputs));
+  mx::array *out = array_in(objects[OUTPUT], objects[OUTPUT]);
+  *out = mx::array(std::move(shape), dtype, std::move(primitive), std::move(inputs));
   return BUILT;
 }
 

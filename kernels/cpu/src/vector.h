@@ -134,8 +134,8 @@ INLINE vf exp_nonpositive(vf x) {
   return p * (vf)(((vu)shifted + 127u) << 23);
 }
 
-/* Before returning to code made for SSE, as MLX's and Python's is: with anything in the upper halves of the registers it
-   takes twice as long (on Zen 5), and gcc does not clear them on every path. */
+/* Before returning to code made for SSE, as MLX's and Python's is: with anything in the upper halves of the registers
+   it takes twice as long (on Zen 5), and gcc does not clear them on every path. */
 INLINE void clear_upper_halves(void) {
 #if defined(__AVX__)
   __builtin_ia32_vzeroupper();
