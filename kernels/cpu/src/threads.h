@@ -134,7 +134,8 @@ static int is_idle(unsigned long last) {
 
 static int has_new_job(unsigned long last) { return __atomic_load_n(&pool.jobs, __ATOMIC_ACQUIRE) != last; }
 
-/* Looks whether the pool `is_so` until it is, or it takes too long. */
+/* Looks whether the pool `is_so` until it is, or it takes too long. Whoever else wants the core has it meanwhile: it may
+   be Python, that waits for the result. */
 static void spin(int (*is_so)(unsigned long last), unsigned long last) {
   struct timespec now;
   clock_gettime(CLOCK_MONOTONIC, &now);
@@ -144,6 +145,7 @@ static void spin(int (*is_so)(unsigned long last), unsigned long last) {
       if (is_so(last)) return;
       rest();
     }
+    sched_yield();
     clock_gettime(CLOCK_MONOTONIC, &now);
   } while (now.tv_sec * 1000000000LL + now.tv_nsec - start < LONGEST_SPIN);
 }
