@@ -4,7 +4,8 @@ Calls run one after another, each on the output of the last, over buffers that t
 a call is the slope between few and many calls, the median of several. Keys and values lie as caches store them: in
 slices of buffers with room for more. Bytes are the packed codes, scales and biases of K and V (and the rope keys), each
 once; the percentage is of the copy bandwidth, the larger of the one read in the same run and 4.3 TB/s. TFLOP/s are of
-the two products alone.
+the two products alone. The first run takes minutes longer: MLX compiles its own quantized product for each format, and
+keeps it on disk.
 """
 
 from __future__ import annotations
