@@ -28,6 +28,7 @@ from tests.attention_cases import (
     TOLERANCES,
     Case,
     build,
+    check_queries_that_are_not_finite,
     random_case,
     random_mla_case,
     relative_error,
@@ -182,6 +183,23 @@ def test_traced_arrays_that_are_evaluated_are_declined(attend_now_or_later: Atte
         return queries.sum()
 
     mx.grad(attend)(call.queries)
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32], ids=str)
+@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(seed=9, group=4, count=4000, capacity=4096, mask="additive"),
+        Case(seed=9, group=4, length=40, count=200, capacity=256, mask="causal", sinks=True),
+        Case(seed=9, kv_heads=1, group=16, count=200, capacity=256, key_dim=256, value_dim=256, rope_dim=64),
+    ],
+    ids=["one position", "a prompt", "absorbed MLA"],
+)
+def test_queries_that_are_not_finite(case: Case, bits: int, dtype: mx.Dtype) -> None:
+    format = Format.affine(bits, 64)
+    call = build(replace(case, key_format=format, value_format=format, dtype=dtype))
+    check_queries_that_are_not_finite(backend.attend, call)
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32], ids=str)

@@ -274,11 +274,21 @@ static void attend_piece(const plan *p, const piece *w, method h, const memory *
   }
 }
 
-/* Divides a row by its total, with the head's sink in it, and writes it. A row without a key gives zeros. `work`: as
-   many numbers. */
-static void write_row(const plan *p, const piece *w, long row, float *out, float peak, float total, float *work) {
+static int all_finite(const float *x, long n) {
+  int finite = 1;
+  for (long i = 0; i < n; i++) {
+    uint32_t bits;
+    memcpy(&bits, x + i, sizeof bits);
+    finite &= (bits & 0x7f800000u) != 0x7f800000u;
+  }
+  return finite;
+}
+
+/* Divides a row by its total, with the head's sink in it, and writes it. A row without a key gives zeros, and one of
+   queries that are not finite NaN: the integers that they were multiplied as cannot tell. */
+static void write_row(const plan *p, const piece *w, long row, float *out, float peak, float total, const memory *m) {
   const call *c = p->c;
-  if (can_use_codes(&p->values)) order_values(&p->values, out, work);
+  if (can_use_codes(&p->values)) order_values(&p->values, out, m->work);
   const long head = head_of(p, w, row);
   float factor = total > 0 ? 1 / total : 0;
   if (c->sinks.data) {
@@ -290,13 +300,14 @@ static void write_row(const plan *p, const piece *w, long row, float *out, float
       factor = decay / (total * decay + expf(sink - high));
     }
   }
+  if (!all_finite(m->q + row * p->dim, p->dim)) factor = NAN;
   for (long d = 0; d < c->values.dim; d++) out[d] *= factor;
   from_floats(out, (int)c->type, c->values.dim,
               (uint8_t *)row_of(&c->out, w->sequence, head, position_of(p, w, row)));
 }
 
 /* The split's rows, relative to the peak of all splits, summed into those of the first. */
-static void merge_splits(const plan *p, const piece *w, float *partials, float *work) {
+static void merge_splits(const plan *p, const piece *w, float *partials, const memory *m) {
   const long value_dim = p->c->values.dim, width = value_dim + 2;
   const long stride = (p->rows < MOST_ROWS ? p->rows : MOST_ROWS) * width;
   for (long r = 0; r < w->rows; r++) {
@@ -309,7 +320,7 @@ static void merge_splits(const plan *p, const piece *w, float *partials, float *
         sum[value_dim + 1] = (s ? sum[value_dim + 1] : 0) + decay * from[value_dim + 1];
       }
     }
-    write_row(p, w, r, sum, peak, sum[value_dim + 1], work);
+    write_row(p, w, r, sum, peak, sum[value_dim + 1], m);
   }
 }
 
@@ -333,7 +344,7 @@ static void finish_piece(const plan *p, const piece *w, long unit, long split, c
   const long value_dim = p->c->values.dim;
   if (p->splits == 1) {
     for (long r = 0; r < w->rows; r++) {
-      write_row(p, w, r, m->out + r * value_dim, m->peak[r], lanes_sum(load(m->total + r * LANES)), m->work);
+      write_row(p, w, r, m->out + r * value_dim, m->peak[r], lanes_sum(load(m->total + r * LANES)), m);
     }
     return;
   }
@@ -343,7 +354,7 @@ static void finish_piece(const plan *p, const piece *w, long unit, long split, c
     memcpy(to, m->out + r * value_dim, (size_t)value_dim * sizeof *to);
     to[value_dim] = m->peak[r], to[value_dim + 1] = lanes_sum(load(m->total + r * LANES));
   }
-  if (__atomic_add_fetch(p->finished + unit, 1, __ATOMIC_ACQ_REL) == p->splits) merge_splits(p, w, partials, m->work);
+  if (__atomic_add_fetch(p->finished + unit, 1, __ATOMIC_ACQ_REL) == p->splits) merge_splits(p, w, partials, m);
 }
 
 static void attend_pieces(void *argument, items of, float *start) {
