@@ -21,8 +21,8 @@ DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 class Suite:
     """Defaults of a suite. The CPU gets less to do, or one run of all suites would take an hour.
 
-    cpu_calls, gpu_calls: per timed run. Steps of a model come in runs on the CPU too, as in a text: Python builds the
-        next one while MLX computes.
+    cpu_calls, gpu_calls: per timed run. Steps of a model, and calls of its layers, come in runs on the CPU too, as in a
+        text: Python builds the next one while MLX computes, and no core falls asleep.
     """
 
     heads: int
@@ -38,9 +38,9 @@ class Suite:
 
 
 SUITES = {
-    "decode": Suite(32, 8, 128, (1024, 4096, 16384), (1024, 8192, 32768, 131072)),
+    "decode": Suite(32, 8, 128, (1024, 4096, 16384), (1024, 8192, 32768, 131072), cpu_calls=8),
     "prefill": Suite(32, 8, 128, (1024, 2048), (8192, 32768), 64, 2048, gpu_calls=2),
-    "mla": Suite(32, 1, 512, (1024, 4096), (1024, 8192, 32768), rope_dim=64),
+    "mla": Suite(32, 1, 512, (1024, 4096), (1024, 8192, 32768), rope_dim=64, cpu_calls=8),
     "append": Suite(32, 8, 128, (4096,), (8192, 131072)),
     "e2e": Suite(16, 4, 64, (1024, 4096), (8192, 32768), cpu_calls=8, gpu_calls=16),
 }

@@ -52,6 +52,26 @@ def test_slow_paths_get_fewer_runs() -> None:
     assert [len(m.samples) for m in (slow, fast, patient)] == [2, 3, 3]
 
 
+def test_long_calls_are_timed_one_by_one() -> None:
+    """Those that are long without what the first call compiles."""
+    clock, first = 0.0, True
+
+    def tick(calls: int) -> None:
+        nonlocal clock
+        clock += 0.6 * calls
+
+    def compile_first(calls: int) -> None:
+        nonlocal clock, first
+        clock += 0.1 * calls + 3 * first
+        first = False
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("time.perf_counter", lambda: clock)
+        long, short = measure([TimedPath("long", tick), TimedPath("short", compile_first)], seconds=0, calls=8)
+    assert (long.calls_per_run, short.calls_per_run) == (1, 8)
+    assert [long.samples, short.samples] == [pytest.approx([0.6] * 3), pytest.approx([0.1] * 3)]
+
+
 def test_a_failing_path_leaves_the_others_alone() -> None:
     def fail(calls: int) -> None:
         raise RuntimeError("[quantized_matmul] No implementation for problem shape")
