@@ -105,10 +105,8 @@ def random_wide_case(seed: int) -> Case:
     if rng.random() < 0.6:
         value_dim = key_dim
     key_format, value_format = (
-        Format.affine(
-            rng.choice((2, 4, 4, 8)), rng.choice((64, 64, 128)) if dim > 64 else 64, symmetric=rng.random() < 0.25
-        )
-        for dim in (key_dim, value_dim)
+        Format.affine(rng.choice((2, 4, 4, 8)), rng.choice((64, 64, 128)), symmetric=rng.random() < 0.25)
+        for _ in range(2)
     )
     if rng.random() < 0.4 and key_dim == value_dim:
         value_format = key_format
@@ -125,7 +123,6 @@ def random_wide_case(seed: int) -> Case:
         dtype=rng.choice((mx.float16, mx.bfloat16)),
         key_format=key_format,
         value_format=value_format,
-        rope_dim=0,
     )
 
 

@@ -12,7 +12,7 @@ from qsdpa_patch.kernels.cuda.device import DeviceLimits
 from qsdpa_patch.kernels.cuda.planning import Unsupported, check_limits, ideal_splits
 from qsdpa_patch.kernels.format import Format
 
-__all__ = ["DecodePlan", "code_pitch", "decode_plan"]
+__all__ = ["DecodePlan", "code_pitch", "decode_plan", "merged_splits"]
 
 PART = 16
 """Keys that are the rows of one matrix operand; a tile is one, two or four such parts."""
@@ -97,10 +97,14 @@ def _fitting_plan(sig: Signature, limits: DeviceLimits, rows: int, row_tiles: in
         for stages in range(most_stages, 1, -1):
             shared = shared_bytes(sig, rows, warps, stages, parts, team)
             if shared <= limits.shared_per_block and warps >= team:
-                splits = ideal_splits(sig.batch * sig.kv_heads * row_tiles, limits.multiprocessors)
-                splits = min(splits, _MOST_SPLITS)
+                splits = merged_splits(sig.batch * sig.kv_heads * row_tiles, limits)
                 return DecodePlan(sig, rows, row_tiles, warps, stages, parts, team, shared, splits)
     return None
+
+
+def merged_splits(tiles: int, limits: DeviceLimits) -> int:
+    """The ideal number of splits of each of ``tiles`` tiles of rows, as far as the merge can count."""
+    return min(ideal_splits(tiles, limits.multiprocessors), _MOST_SPLITS)
 
 
 def _team(sig: Signature, row_blocks: int) -> int:

@@ -62,6 +62,12 @@ __device__ __forceinline__ void pin(float (&c)[N][4]) {
   "%89,%90,%91,%92,%93,%94,%95,%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110," \
   "%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
 #define QSDPA_MULTIPLY(SHAPE, TYPE) "wgmma.mma_async.sync.aligned." SHAPE ".f32." TYPE "." TYPE " {"
+#define QSDPA_OF_TYPE(PRODUCT) \
+  if constexpr (BF16) {        \
+    PRODUCT("bf16");           \
+  } else {                     \
+    PRODUCT("f16");            \
+  }
 
 // c[64 x 64] = a * b^T, or += with `add`: 16 columns of both, out of shared memory.
 template <bool BF16>
@@ -71,11 +77,7 @@ __device__ __forceinline__ void multiply_rows(float (&c)[8][4], u64 a, u64 b, in
                QSDPA_NAMES_0_31 "}, %32, %33, p, 1, 1, 0, 0;}"                                 \
                : QSDPA_16(0), QSDPA_16(4)                                                      \
                : "l"(a), "l"(b), "r"(add))
-  if constexpr (BF16) {
-    QSDPA_PRODUCT("bf16");
-  } else {
-    QSDPA_PRODUCT("f16");
-  }
+  QSDPA_OF_TYPE(QSDPA_PRODUCT)
 #undef QSDPA_PRODUCT
 }
 
@@ -88,11 +90,7 @@ __device__ __forceinline__ void multiply_columns(float (&c)[32][4], const u32 (&
                "}, {%128,%129,%130,%131}, %132, p, 1, 1, 1;}"                                  \
                : QSDPA_64(0), QSDPA_64(16)                                                     \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
-  if constexpr (BF16) {
-    QSDPA_PRODUCT("bf16");
-  } else {
-    QSDPA_PRODUCT("f16");
-  }
+  QSDPA_OF_TYPE(QSDPA_PRODUCT)
 #undef QSDPA_PRODUCT
 }
 
@@ -104,11 +102,7 @@ __device__ __forceinline__ void multiply_columns(float (&c)[16][4], const u32 (&
                QSDPA_NAMES_0_31 "," QSDPA_NAMES_32_63 "}, {%64,%65,%66,%67}, %68, p, 1, 1, 1;}"    \
                : QSDPA_64(0)                                                                   \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
-  if constexpr (BF16) {
-    QSDPA_PRODUCT("bf16");
-  } else {
-    QSDPA_PRODUCT("f16");
-  }
+  QSDPA_OF_TYPE(QSDPA_PRODUCT)
 #undef QSDPA_PRODUCT
 }
 
@@ -120,11 +114,7 @@ __device__ __forceinline__ void multiply_columns(float (&c)[8][4], const u32 (&a
                QSDPA_NAMES_0_31 "}, {%32,%33,%34,%35}, %36, p, 1, 1, 1;}"                \
                : QSDPA_16(0), QSDPA_16(4)                                                \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
-  if constexpr (BF16) {
-    QSDPA_PRODUCT("bf16");
-  } else {
-    QSDPA_PRODUCT("f16");
-  }
+  QSDPA_OF_TYPE(QSDPA_PRODUCT)
 #undef QSDPA_PRODUCT
 }
 
@@ -137,11 +127,7 @@ __device__ __forceinline__ void multiply_left(float (&c)[2][4], const u32 (&a)[4
                "%0,%1,%2,%3,%4,%5,%6,%7}, {%8,%9,%10,%11}, %12, p, 1, 1, %14;}"                               \
                : QSDPA_4(0), QSDPA_4(1)                                                                       \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(DOWN ? 1 : 0))
-  if constexpr (BF16) {
-    QSDPA_PRODUCT("bf16");
-  } else {
-    QSDPA_PRODUCT("f16");
-  }
+  QSDPA_OF_TYPE(QSDPA_PRODUCT)
 #undef QSDPA_PRODUCT
 }
 
@@ -153,11 +139,7 @@ __device__ __forceinline__ void multiply_left(float (&c)[4][4], const u32 (&a)[4
                "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, {%16,%17,%18,%19}, %20, p, 1, 1, %22;}" \
                : QSDPA_16(0)                                                                                  \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(DOWN ? 1 : 0))
-  if constexpr (BF16) {
-    QSDPA_PRODUCT("bf16");
-  } else {
-    QSDPA_PRODUCT("f16");
-  }
+  QSDPA_OF_TYPE(QSDPA_PRODUCT)
 #undef QSDPA_PRODUCT
 }
 
@@ -168,6 +150,7 @@ __device__ __forceinline__ void multiply_left(float (&c)[4][4], const u32 (&a)[4
 #undef QSDPA_NAMES_32_63
 #undef QSDPA_NAMES_64_127
 #undef QSDPA_MULTIPLY
+#undef QSDPA_OF_TYPE
 
 // Make what this thread wrote to shared memory visible to matrix products.
 __device__ __forceinline__ void publish_to_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }

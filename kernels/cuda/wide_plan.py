@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from qsdpa_patch.kernels.attention_call import Signature
-from qsdpa_patch.kernels.cuda.decode_plan import code_pitch
+from qsdpa_patch.kernels.cuda.decode_plan import code_pitch, merged_splits
 from qsdpa_patch.kernels.cuda.device import DeviceLimits
-from qsdpa_patch.kernels.cuda.planning import Unsupported, check_limits, ideal_splits
+from qsdpa_patch.kernels.cuda.planning import Unsupported, check_limits
 from qsdpa_patch.kernels.cuda.warpgroups import TILE, check_warpgroup_operands
 from qsdpa_patch.kernels.format import Format
 
@@ -18,8 +18,6 @@ _PANEL = 64
 """Columns of an operand in shared memory, of 128 bytes."""
 _MOST_ROWS = 32
 _MOST_STAGES = 4
-_MOST_SPLITS = 31 * 8
-"""What the counters of a tile of rows have room for, as in ``decode_plan.py``."""
 _DIMENSIONS = (128, 256)
 _BITS = (2, 4, 8)
 _LONGEST = 131072
@@ -80,7 +78,7 @@ def wide_plan(sig: Signature, limits: DeviceLimits) -> WidePlan:
     for teams, stages in _layouts(sig, rows):
         shared = shared_bytes(sig, rows, teams, stages)
         if shared <= limits.shared_per_block:
-            splits = min(ideal_splits(blocks, limits.multiprocessors), _MOST_SPLITS)
+            splits = merged_splits(blocks, limits)
             return WidePlan(sig, rows, row_tiles, teams, stages, shared, splits, fewest_keys)
     raise Unsupported(f"three tiles of {sig.key_dim} + {sig.value_dim} dimensions do not fit into shared memory")
 

@@ -9,7 +9,6 @@ import ctypes
 import os
 import platform
 import shutil
-import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +33,7 @@ from tests.attention_cases import (
     relative_error,
 )
 from tests.kernels.double_precision import attend_in_double
+from tests.threads import run_in_threads
 
 pytestmark = pytest.mark.skipif(not backend.is_available()[0], reason=backend.is_available()[1])
 
@@ -260,11 +260,7 @@ def test_threads_may_call_at_once() -> None:
             if relative_error(out, wanted[k]) > TOLERANCES[calls[k].queries.dtype]:
                 failures.append(k)
 
-    threads = [threading.Thread(target=hammer, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    run_in_threads(hammer, 4)
     assert failures == []
 
 

@@ -25,6 +25,7 @@ from qsdpa_patch.kernels.cpu.graph import Graph, GraphError
 from qsdpa_patch.kernels.format import Format
 from tests.attention_cases import Case, build, relative_error
 from tests.kernels.double_precision import attend_in_double
+from tests.threads import run_in_threads
 
 _async_eval: Any = mx.async_eval  # has no type annotations
 
@@ -236,11 +237,7 @@ def test_threads_may_use_streams_of_their_own_at_once() -> None:
             if relative_error(out, wanted[k]) > 1e-5:
                 failures.append(k)
 
-    threads = [threading.Thread(target=hammer, args=(k,)) for k in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    run_in_threads(hammer, 4)
     assert failures == []
 
 

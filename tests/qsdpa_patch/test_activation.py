@@ -6,7 +6,6 @@ import importlib
 import subprocess
 import sys
 import textwrap
-import threading
 from typing import Any
 
 import pytest
@@ -16,6 +15,7 @@ from qsdpa_patch import activation
 from qsdpa_patch.dispatcher import router
 from qsdpa_patch.errors import QSDPAWarning
 from qsdpa_patch.targets import TARGETS, TESTED_VERSIONS, Target, source_hash
+from tests.threads import run_in_threads
 
 MODULES = ("mlx_lm.generate", "mlx_lm.server", "mlx_lm.models.llama", "mlx_lm.models.gemma3_text")
 
@@ -152,16 +152,12 @@ def test_threads_that_enable_and_disable_leave_nothing_behind() -> None:
     importlib.import_module("mlx_lm.generate")
     before = snapshot()
 
-    def toggle() -> None:
+    def toggle(_: int) -> None:
         for _ in range(20):
             qsdpa_patch.enable()
             qsdpa_patch.disable()
 
-    threads = [threading.Thread(target=toggle) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    run_in_threads(toggle, 4)
     qsdpa_patch.disable()
     assert snapshot() == before
 
