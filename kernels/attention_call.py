@@ -90,7 +90,8 @@ class AttentionCall:
 
     def finish(self, out: mx.array) -> mx.array:
         """``[B, Hq, L, output_dim]`` from the output ``[B, Hq, L, Dv]`` of a kernel: no padding, no rotation."""
-        out = out if out.shape[-1] == self.output_dim else out[..., : self.output_dim]
+        dim = self.values.dim
+        out = out if dim == self.signature.value_dim else out[..., :dim]
         return rotate(out) if self.values.format.rotated else out
 
     @property
@@ -122,8 +123,8 @@ def check_call(
         TypeError: an argument of a type or dtype that is not taken.
         ValueError: shapes that do not go together. The message names the argument, what was given and what is taken.
     """
-    batch, query_heads, length, key_dim = _check_queries(queries)
-    kv_heads, count = _check_keys_values(queries, keys, values)
+    batch, query_heads, length, key_dim = shape = _check_queries(queries)
+    kv_heads, count = _check_keys_values(shape, keys, values)
     mask_kind = "none"
     if mask is not None:
         mask, mask_kind = _check_mask(mask, (batch, query_heads, length, count))
@@ -150,31 +151,32 @@ def _check_queries(queries: mx.array) -> tuple[int, int, int, int]:
     if not isinstance(queries, mx.array) or queries.dtype not in _FLOATS:
         given = queries.dtype if isinstance(queries, mx.array) else type(queries).__name__
         raise TypeError(f"queries are {given}: give an array of float16, bfloat16 or float32")
-    if queries.ndim != 4:
-        raise ValueError(f"queries have shape {tuple(queries.shape)}: give [batch, heads, length, head_dim]")
-    batch, heads, length, dim = queries.shape
-    return batch, heads, length, dim
+    shape = queries.shape
+    if len(shape) != 4:
+        raise ValueError(f"queries have shape {shape}: give [batch, heads, length, head_dim]")
+    return shape
 
 
-def _check_keys_values(queries: mx.array, keys: QuantizedTensor, values: QuantizedTensor) -> tuple[int, int]:
-    for name, tensor in (("keys", keys), ("values", values)):
-        if type(tensor) is not QuantizedTensor:
-            raise TypeError(f"{name} are {type(tensor).__name__}: give a QuantizedTensor (see quantize)")
-        if tensor.ndim != 4:
-            raise ValueError(f"{name} have shape {tuple(tensor.shape)}: give [batch, kv_heads, count, head_dim]")
-    batch, query_heads, _, dim = queries.shape
-    k_batch, kv_heads, count, _ = keys.shape
+def _check_keys_values(
+    queries: tuple[int, int, int, int], keys: QuantizedTensor, values: QuantizedTensor
+) -> tuple[int, int]:
+    """``queries`` is their shape."""
+    if type(keys) is not QuantizedTensor or type(values) is not QuantizedTensor:
+        name, given = ("values", values) if type(keys) is QuantizedTensor else ("keys", keys)
+        raise TypeError(f"{name} are {type(given).__name__}: give a QuantizedTensor (see quantize)")
+    key_shape, value_shape = keys.shape, values.shape
+    if len(key_shape) != 4 or len(value_shape) != 4:
+        name, shape = ("values", value_shape) if len(key_shape) == 4 else ("keys", key_shape)
+        raise ValueError(f"{name} have shape {shape}: give [batch, kv_heads, count, head_dim]")
+    batch, query_heads, _, dim = queries
+    k_batch, kv_heads, count, _ = key_shape
     if k_batch != batch or keys.dim != dim:
-        raise ValueError(
-            f"keys have shape {tuple(keys.shape)}: queries {tuple(queries.shape)} take "
-            f"[{batch}, kv_heads, count, {dim}]"
-        )
+        raise ValueError(f"keys have shape {key_shape}: queries {queries} take [{batch}, kv_heads, count, {dim}]")
     if kv_heads == 0 or query_heads % kv_heads:
         raise ValueError(f"{query_heads} query heads are no multiple of {kv_heads} key heads")
-    if values.shape[:3] != keys.shape[:3]:
+    if value_shape[:3] != key_shape[:3]:
         raise ValueError(
-            f"values have shape {tuple(values.shape)}: keys {tuple(keys.shape)} take "
-            f"[{batch}, {kv_heads}, {count}, value_dim]"
+            f"values have shape {value_shape}: keys {key_shape} take [{batch}, {kv_heads}, {count}, value_dim]"
         )
     return kv_heads, count
 

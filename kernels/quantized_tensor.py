@@ -180,15 +180,15 @@ class PackedStack:
 
     def tensors(self) -> list[QuantizedTensor]:
         """The tensors ``[B, H, N, dim]``, in order."""
-        scales, biases = self.scales, None
-        if self.format.has_biases:
+        format, dim, scales, biases = self.format, self.dim, self.scales, None
+        if format.has_biases:
             scales, biases = mx.split(scales, 2, axis=1)
-        values = dequantize_parts(self.codes, scales, biases, self.format, self.dtype)
-        values = _logical(values, self.format, self.dim)
+        stored = dequantize_parts(self.codes, scales, biases, format, self.dtype)
+        values = _logical(stored, format, dim)
         each = [values] if self.count == 1 else mx.split(values, self.count, axis=1)
         shared = {
-            "format": self.format, "dim": self.dim, "padded_dim": self.padded_dim, "scale_dtype": self.scales.dtype,
-            "stack": self, "_parts": None,
+            "format": format, "dim": dim, "padded_dim": stored.shape[-1], "scale_dtype": scales.dtype, "stack": self,
+            "_parts": None,
         }  # fmt: skip
         return [QuantizedTensor._of_stack(x, i, shared) for i, x in enumerate(each)]
 

@@ -52,8 +52,7 @@ def quantize_rows(sides: Sequence[mx.array], format: Format) -> tuple[mx.array, 
     Raises:
         TypeError, ValueError: when the sides do not fit each other or ``format``.
     """
-    plan = _plan(format, _on_gpu(), *[part for x in sides for part in (x.dtype, x.shape)])
-    return plan(sides)
+    return _plan(format, _on_gpu(), *[x.dtype for x in sides], *[x.shape for x in sides])(sides)
 
 
 def _on_gpu() -> bool:
@@ -83,8 +82,9 @@ def _no_rows(x: mx.array, format: Format) -> tuple[mx.array, mx.array]:
 
 @lru_cache(maxsize=1024)
 def _plan(format: Format, on_gpu: bool, *described: mx.Dtype | tuple[int, ...]) -> _Quantize:
-    """How sides of these dtypes and shapes (alternating) are quantized."""
-    dtypes, shapes = cast(tuple[mx.Dtype, ...], described[::2]), cast(tuple[tuple[int, ...], ...], described[1::2])
+    """How sides of these dtypes, which come first, and shapes are quantized."""
+    sides = len(described) // 2
+    dtypes, shapes = cast(tuple[mx.Dtype, ...], described[:sides]), cast(tuple[tuple[int, ...], ...], described[sides:])
     _check(format, dtypes, shapes)
     batch, _, count, dim = shapes[0]
     heads = sum(shape[1] for shape in shapes)

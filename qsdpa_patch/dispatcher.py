@@ -16,7 +16,7 @@ from qsdpa_patch.kernels.attention_call import RopeTerm, check_call
 from qsdpa_patch.kernels.format import Format
 from qsdpa_patch.kernels.quantized_tensor import QuantizedTensor
 from qsdpa_patch.latent_rope import RopeScores
-from qsdpa_patch.layer_tags import kind_of, tag_of
+from qsdpa_patch.layer_tags import LayerTag, kind_of, tag_of
 from qsdpa_patch.report import recorder
 from qsdpa_patch.routes import Caller, Router
 
@@ -49,7 +49,12 @@ def make_dispatcher(original: Callable[..., mx.array]) -> Callable[..., mx.array
         mask: mx.array | str | None,
         sinks: mx.array | None = None,
     ) -> mx.array:
-        if type(keys) is array and type(values) is array:
+        key_type, value_type = type(keys), type(values)
+        if key_type is QuantizedTensor and value_type is QuantizedTensor:
+            tag = tag_of(cache)
+            caller = _caller(cache, frame(1).f_globals["__name__"]) if tag is None or tag.kind == "list" else tag
+            return _attend(queries, keys, values, caller, scale, mask, sinks)
+        if key_type is array and value_type is array:
             module = frame(1).f_globals["__name__"]
             if type(cache) in plain_caches or _is_plain(cache, plain_caches):
                 stock_calls[module] = stock_calls.get(module, 0) + 1
@@ -70,13 +75,26 @@ def make_dispatcher(original: Callable[..., mx.array]) -> Callable[..., mx.array
         if type(keys) is not QuantizedTensor or type(values) is not QuantizedTensor:
             _record_arrays(queries, keys, caller)  # one side is plain: both are read as arrays
             return original(queries, keys, values, None, scale, mask, sinks)
-        rope = None
-        if type(mask) is RopeScores:
-            rope, mask = RopeTerm(mask.queries, mask.keys), None
-        call = check_call(queries, keys, values, scale=scale, mask=mask, sinks=sinks, rope=rope)
-        return router.attend(call, caller)
+        return _attend(queries, keys, values, caller, scale, mask, sinks)
 
     return scaled_dot_product_attention
+
+
+def _attend(
+    queries: mx.array,
+    keys: QuantizedTensor,
+    values: QuantizedTensor,
+    caller: Caller | LayerTag,
+    scale: float,
+    mask: Any,
+    sinks: mx.array | None,
+) -> mx.array:
+    """Attention over quantized keys and values, with a mask of mlx-lm's or the rope term that stands in its place."""
+    rope = None
+    if type(mask) is RopeScores:
+        rope, mask = RopeTerm(mask.queries, mask.keys), None
+    call = check_call(queries, keys, values, scale=scale, mask=mask, sinks=sinks, rope=rope)
+    return router.attend(call, caller)
 
 
 def quantized_scaled_dot_product_attention(
@@ -111,10 +129,10 @@ def quantized_scaled_dot_product_attention(
     return router.attend(call, Caller())
 
 
-def _caller(cache: Any, module: str) -> Caller:
+def _caller(cache: Any, module: str) -> Caller | LayerTag:
     tag = tag_of(cache.caches[0] if hasattr(cache, "caches") else cache)  # DeepSeek v3.2 hands over the list
     if tag is not None:
-        return Caller(tag.model_type, tag.kind)
+        return tag
     kind = "shared" if cache is None else kind_of(cache)
     return Caller(module.removeprefix("mlx_lm.models."), kind)
 
@@ -123,10 +141,10 @@ def _holds_quantized(cache: Any) -> bool:
     return any(hasattr(member, "key_format") for member in cache.caches)
 
 
-def _record_arrays(queries: mx.array, keys: mx.array, caller: Caller) -> None:
+def _record_arrays(queries: mx.array, keys: mx.array, caller: Caller | LayerTag) -> None:
     """Count a call over a quantized cache whose rows the model read on their way here."""
     example = f"q {list(queries.shape)} k {list(keys.shape)}"
-    recorder.record(caller.model_type, caller.layer_kind, "stock", READ_AS_ARRAYS, example)
+    recorder.record(caller.model_type, caller.kind, "stock", READ_AS_ARRAYS, example)
 
 
 def _is_plain(cache: Any, known: set[type]) -> bool:
@@ -138,7 +156,7 @@ def _is_plain(cache: Any, known: set[type]) -> bool:
     return True
 
 
-def _is_foreign(cache: Any, caller: Caller) -> bool:
+def _is_foreign(cache: Any, caller: Caller | LayerTag) -> bool:
     """Whether ``models`` leaves this call to mlx-lm."""
     covers = router.settings.covers
     tag = tag_of(cache)

@@ -92,17 +92,18 @@ class Recorder:
 
     def record(self, model_type: str, layer_kind: str, route: str, reason: str, example: str) -> None:
         """Count a call."""
-        key = (model_type, layer_kind, route, reason)
-        with self._lock:
-            count = self._counts.get(key)
-            if count is None:
-                self._counts[key] = _Count(1, example)
-            else:
-                count.calls += 1
+        if not self.count(model_type, layer_kind, route, reason):
+            with self._lock:
+                self._counts.setdefault((model_type, layer_kind, route, reason), _Count(0, example)).calls += 1
 
-    def is_new(self, model_type: str, layer_kind: str, route: str, reason: str) -> bool:
-        """Whether no such call was counted yet, so that an example is wanted."""
-        return (model_type, layer_kind, route, reason) not in self._counts
+    def count(self, model_type: str, layer_kind: str, route: str, reason: str) -> bool:
+        """Count a call, unless it is the first of its kind, which wants an example; whether it was counted."""
+        with self._lock:
+            count = self._counts.get((model_type, layer_kind, route, reason))
+            if count is None:
+                return False
+            count.calls += 1
+            return True
 
     def note(self, model_type: str, layer_kind: str, note: str) -> None:
         """Remember a decision about a kind of layer."""

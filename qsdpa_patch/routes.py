@@ -15,6 +15,7 @@ from qsdpa_patch.errors import FallbackError
 from qsdpa_patch.kernels import dequantized_sdpa, tiled_attention
 from qsdpa_patch.kernels.attention_call import AttentionCall, Signature
 from qsdpa_patch.kernels.backends import Declined, default_backend_name, load_backend
+from qsdpa_patch.layer_tags import LayerTag
 from qsdpa_patch.logs import logger
 from qsdpa_patch.report import recorder
 from qsdpa_patch.settings import DEFAULT_SETTINGS, Settings
@@ -27,10 +28,10 @@ MAX_FUSED_QUERY_LENGTH = 16
 
 @dataclass(slots=True)
 class Caller:
-    """Who made a call, for the report."""
+    """Who made a call, for the report, where no :class:`LayerTag` says so."""
 
     model_type: str = "(direct)"
-    layer_kind: str = "any"
+    kind: str = "any"
 
 
 @dataclass
@@ -45,11 +46,12 @@ class Router:
         """Go by other settings from now on."""
         self.settings = settings
 
-    def attend(self, call: AttentionCall, caller: Caller) -> mx.array:
+    def attend(self, call: AttentionCall, caller: Caller | LayerTag) -> mx.array:
         """Attention ``[B, Hq, L, Dv]`` of ``call``, by the first route that takes it."""
-        fused, reason = self.has_fused_kernel(call.signature)
+        name = self._backend_name()
+        fused, reason = self._decision(call.signature, name)
         if fused:
-            out, reason = self._try_fused(call)
+            out, reason = self._try_fused(call, name)
             if out is not None:
                 _record(caller, "fused", "", call)
                 return call.finish(out)
@@ -59,9 +61,15 @@ class Router:
 
     def has_fused_kernel(self, signature: Signature) -> tuple[bool, str]:
         """Whether the chosen backend takes calls of ``signature``, and if not, why."""
-        if self.settings.kernels == "ops":
+        return self._decision(signature, self._backend_name())
+
+    def _backend_name(self) -> str:
+        kernels = self.settings.kernels
+        return default_backend_name() if kernels == "auto" else kernels
+
+    def _decision(self, signature: Signature, name: str) -> tuple[bool, str]:
+        if name == "ops":
             return False, "kernels='ops' turns fused kernels off"
-        name = self.settings.kernels if self.settings.kernels != "auto" else default_backend_name()
         decision = self._decisions.get((signature, name))
         if decision is None:
             decision = _ask_backend(name, signature)
@@ -74,9 +82,8 @@ class Router:
         fused, reason = self.has_fused_kernel(call.signature)
         return ("fused", "") if fused else (self._fallback(call, reason)[0], reason)
 
-    def _try_fused(self, call: AttentionCall) -> tuple[mx.array | None, str]:
-        """The backend's result, or ``None`` and the reason; a kernel that fails is not tried again."""
-        name = self.settings.kernels if self.settings.kernels != "auto" else default_backend_name()
+    def _try_fused(self, call: AttentionCall, name: str) -> tuple[mx.array | None, str]:
+        """The result of backend ``name``, or ``None`` and the reason; a kernel that fails is not tried again."""
         try:
             return load_backend(name).attend(call), ""
         except Declined as declined:
@@ -108,9 +115,9 @@ def _ask_backend(name: str, signature: Signature) -> tuple[bool, str]:
         return False, f"the {name} kernels cannot be used: {error}"
 
 
-def _record(caller: Caller, route: str, reason: str, call: AttentionCall) -> None:
-    new = recorder.is_new(caller.model_type, caller.layer_kind, route, reason)
-    recorder.record(caller.model_type, caller.layer_kind, route, reason, _describe(call) if new else "")
+def _record(caller: Caller | LayerTag, route: str, reason: str, call: AttentionCall) -> None:
+    if not recorder.count(caller.model_type, caller.kind, route, reason):
+        recorder.record(caller.model_type, caller.kind, route, reason, _describe(call))
 
 
 def _describe(call: AttentionCall) -> str:

@@ -34,7 +34,8 @@ _CACHE_BYTES = 80e6
 _NOMINAL_BANDWIDTH = 4.3e12
 _ROOM = 256
 """Rows that a cache's buffers have beyond those in use."""
-_AHEAD = 8
+_LAYERS = 32
+"""Calls that go to the device together, as those of a step of generation do."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ SHAPES = {
 def time_calls(step: Callable[[mx.array, int], mx.array], start: mx.array, few: int, many: int, repeats: int) -> float:
     """Seconds a call of ``step(previous output, index)``: the slope between ``few`` and ``many`` chained calls.
 
-    As in generation, the host goes ahead while the device works.
+    As in generation, the host prepares the calls of a step while the device works on those of the last.
     """
 
     def run(calls: int) -> float:
@@ -125,7 +126,7 @@ def time_calls(step: Callable[[mx.array, int], mx.array], start: mx.array, few: 
         begin = time.perf_counter()
         for i in range(calls):
             x = step(x, i)
-            if i % _AHEAD == _AHEAD - 1:
+            if i % _LAYERS == _LAYERS - 1:
                 start_evaluation(x)
         mx.eval(x)
         return time.perf_counter() - begin
@@ -282,8 +283,9 @@ class Problem:
             return mx.concatenate([out, rest], axis=-1) if rest.size else out
 
         rough = time_calls(step, self.queries, 2, 8, 1)
-        many = 240 if rough < 200e-6 else 80 if rough < 5e-4 else 16
-        return time_calls(step, self.queries, many // 4, many, 5 if rough < 5e-4 else 3)
+        if rough > 5e-4:
+            return time_calls(step, self.queries, 4, 16, 3)
+        return time_calls(step, self.queries, 2 * _LAYERS, (8 if rough < 2e-4 else 4) * _LAYERS, 5)
 
 
 def _measure(shape: Shape, peers: bool, unquantized: dict[Shape, float | str]) -> dict[str, float | str]:

@@ -8,8 +8,8 @@
 
 namespace qsdpa {
 
-constexpr int TICKET_WORDS = 32;  // counters of a tile: one for all, and one for each group of MERGED splits
 constexpr int MERGED = 8;
+constexpr int TICKET_WORDS = 32;  // counters of a tile whose splits are merged in two steps: for all, and each group
 
 template <typename C>
 class Merger {
@@ -61,7 +61,7 @@ class Merger {
   __device__ __forceinline__ void merge_splits(i64 tile) const {
     const int splits = work.splits;
     if (splits == 1) return;
-    u32* tickets = a.tickets + tile * TICKET_WORDS;
+    u32* tickets = a.tickets + tile * (splits <= 2 * MERGED ? 1 : TICKET_WORDS);
     if (splits <= 2 * MERGED) {
       if (is_last(tickets, splits)) merge(tile * splits, splits, 1, true);
     } else {  // in two steps, the first in many blocks at once

@@ -12,12 +12,14 @@ from qsdpa_patch.kernels.cuda.device import DeviceLimits
 from qsdpa_patch.kernels.cuda.planning import Unsupported, check_limits, ideal_splits
 from qsdpa_patch.kernels.format import Format
 
-__all__ = ["DecodePlan", "code_pitch", "decode_plan", "merged_splits"]
+__all__ = ["DecodePlan", "code_pitch", "decode_plan", "merged_splits", "tickets_of_tile"]
 
 PART = 16
 """Keys that are the rows of one matrix operand; a tile is one, two or four such parts."""
-_MOST_SPLITS = 31 * 8
-"""What the counters of a tile have room for (``TICKET_WORDS`` and ``MERGED`` in ``decode_merge.cuh``)."""
+_MERGED = 8
+_TICKETS = 32
+"""``MERGED`` and ``TICKET_WORDS`` in ``decode_merge.cuh``."""
+_MOST_SPLITS = (_TICKETS - 1) * _MERGED
 _MOST_ROW_BLOCKS = 4
 _ACCUMULATORS = 512
 """Blocks of 8 query rows times value dimensions that the registers of a warp hold: more takes a team of warps."""
@@ -100,6 +102,11 @@ def _fitting_plan(sig: Signature, limits: DeviceLimits, rows: int, row_tiles: in
                 splits = merged_splits(sig.batch * sig.kv_heads * row_tiles, limits)
                 return DecodePlan(sig, rows, row_tiles, warps, stages, parts, team, shared, splits)
     return None
+
+
+def tickets_of_tile(splits: int) -> int:
+    """Counters that the merge of ``splits`` takes: one, or where it has two steps, one more for each group."""
+    return 1 if splits <= 2 * _MERGED else _TICKETS
 
 
 def merged_splits(tiles: int, limits: DeviceLimits) -> int:

@@ -10,8 +10,8 @@ import mlx.core as mx
 
 __all__ = ["SUBMITTED_TOGETHER", "chained", "submit"]
 
-SUBMITTED_TOGETHER = 8
-"""Calls after which the device sets to work on them while the host goes on, as in generation from token to token."""
+SUBMITTED_TOGETHER = 32
+"""Calls after which the device sets to work on them while the host goes on, as with the layers of a token's step."""
 
 submit: Callable[[Any], None] = mx.async_eval  # its stub has no types
 

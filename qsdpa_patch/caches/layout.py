@@ -35,15 +35,12 @@ class Layout:
         Raises:
             ValueError: rows of another shape.
         """
-        for x, codec in ((keys, self.keys), (values, self.values)):
-            if x.ndim != 4 or x.shape[3] != codec.dim:
-                raise ValueError(
-                    f"new rows have shape {tuple(x.shape)}: this cache takes [batch, heads, count, {codec.dim}]"
-                )
-        if keys.shape[:3] != values.shape[:3]:
-            raise ValueError(
-                f"new keys {tuple(keys.shape)} and values {tuple(values.shape)} differ in batch, heads or count"
-            )
+        key_shape, value_shape = keys.shape, values.shape
+        for shape, codec in ((key_shape, self.keys), (value_shape, self.values)):
+            if len(shape) != 4 or shape[3] != codec.dim:
+                raise ValueError(f"new rows have shape {shape}: this cache takes [batch, heads, count, {codec.dim}]")
+        if key_shape[:3] != value_shape[:3]:
+            raise ValueError(f"new keys {key_shape} and values {value_shape} differ in batch, heads or count")
         if self.shared:
             return self.keys.encode([keys, values])
         return self.keys.encode([keys]) + self.values.encode([values])
