@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     timing.add_argument("--kernels", choices=CHOICES, default="auto", help="default: %(default)s")
     timing.add_argument("--seconds", type=_seconds, default=1.0, help="of measuring time for each path (1)")
     timing.add_argument(
-        "--calls", type=positive, help="per timed run; on the CPU 8, of prefill and append 1; on a GPU up to 40"
+        "--calls", type=positive, help="per timed run; on the CPU 8, of prefill and append 1; on a GPU up to 160"
     )
     output = parser.add_argument_group("output")
     output.add_argument("--json", metavar="FILE", help="write all samples as JSON ('-': to standard output, alone)")
