@@ -377,10 +377,12 @@ class MlaDecoder {
   }
 };
 
-// Merges the splits of a row tile. A block: eight columns of all rows, four warps of 16 rows as in MlaDecoder::store().
-template <typename T, int D, typename F, typename SinkT>
+// Merges the splits of a row tile. A block: eight columns of all rows; each of PARTS groups of four warps takes every
+// PARTS-th split, as four warps hold them in MlaDecoder::store(), so that all loads of a thread are under way at once.
+template <typename T, int D, typename F, int PARTS, typename SinkT>
 class MlaMerger {
-  static constexpr int ROWS = 64, GROUP = 128, BATCH = 32;  // loads of a thread under way
+  static constexpr int ROWS = 64, GROUP = 128, THREADS = PARTS * GROUP;
+  static constexpr int EACH = 18, CHUNK = PARTS * EACH;  // splits at a time: of a thread, of all
   static constexpr bool BF16 = IsBfloat16<T>::value;
   const T* const partials;
   const float* const stats;
@@ -397,70 +399,105 @@ class MlaMerger {
 
   __device__ __forceinline__ void run() const {
     __shared__ float2 row_stats[ROWS];
-    const int side = blockIdx.x % 2, octet = blockIdx.x / 2, lane = threadIdx.x % 32;
-    const int row = threadIdx.x / 32 * 16 + lane / 4;  // and eight after it
+    __shared__ float weights[CHUNK * ROWS];
+    __shared__ float4 sums[PARTS * GROUP];
+    const int side = blockIdx.x % 2, octet = blockIdx.x / 2, part = threadIdx.x / GROUP, thread = threadIdx.x % GROUP;
+    const int row = thread / 32 * 16 + thread % 32 / 4;  // and eight after it
     const i64 tile = static_cast<i64>(blockIdx.z) * gridDim.y + blockIdx.y;
     const uint2* source = reinterpret_cast<const uint2*>(partials) + tile * splits * (ROWS * D / 4) +
-                          octet * 2 * GROUP + side * GROUP + threadIdx.x;
-    uint2 y[BATCH];
+                          octet * 2 * GROUP + side * GROUP + thread;
+    uint2 y[EACH];
     auto fetch = [&](int first) {
 #pragma unroll
-      for (int i = 0; i < BATCH; ++i)
-        if (first + i < splits) y[i] = source[static_cast<i64>(first + i) * (ROWS * D / 4)];
+      for (int i = 0; i < EACH; ++i) {
+        y[i] = {};
+        const int split = first + part + i * PARTS;
+        if (split < splits) y[i] = source[static_cast<i64>(split) * (ROWS * D / 4)];
+      }
     };
     fetch(0);
     const float2* tile_stats = reinterpret_cast<const float2*>(stats) + tile * splits * ROWS;
     reduce_stats(row_stats, tile_stats);
 
-    const float2 total[2] = {row_stats[row], row_stats[row + 8]};
     float4 x = {};
-    for (int first = 0; first < splits; first += BATCH) {
+    for (int first = 0; first < splits; first += CHUNK) {
+      weigh_splits(weights, row_stats, tile_stats, first);
 #pragma unroll
-      for (int i = 0; i < BATCH; ++i) {
-        if (first + i >= splits) continue;
-        const float2 low = tile_stats[(first + i) * ROWS + row], high = tile_stats[(first + i) * ROWS + row + 8];
-        const float f = exp2_fast(low.x - total[0].x) * low.y, g = exp2_fast(high.x - total[1].x) * high.y;
-        const float2 of_low = unpack_pair<BF16>(y[i].x), of_high = unpack_pair<BF16>(y[i].y);
-        x = {fmaf(f, of_low.x, x.x), fmaf(f, of_low.y, x.y), fmaf(g, of_high.x, x.z), fmaf(g, of_high.y, x.w)};
+      for (int i = 0; i < EACH; ++i) {
+        const float* w = weights + (part + i * PARTS) * ROWS + row;
+        const float2 low = unpack_pair<BF16>(y[i].x), high = unpack_pair<BF16>(y[i].y);
+        x = {fmaf(w[0], low.x, x.x), fmaf(w[0], low.y, x.y), fmaf(w[8], high.x, x.z), fmaf(w[8], high.y, x.w)};
       }
-      fetch(first + BATCH);
+      fetch(first + CHUNK);
+    }
+    sums[threadIdx.x] = x;
+    __syncthreads();
+    if (part > 0) return;
+#pragma unroll
+    for (int p = 1; p < PARTS; ++p) {
+      const float4 y = sums[p * GROUP + thread];
+      x = {x.x + y.x, x.y + y.y, x.z + y.z, x.w + y.w};
     }
     const int column = side * (D / 2) + 8 * octet;
-    store(row, column, total[0], x.x, x.y);
-    store(row + 8, column, total[1], x.z, x.w);
+    store(row, column, x.x, x.y);
+    store(row + 8, column, x.z, x.w);
   }
 
  private:
-  // The rows' maxima and sums over all splits: two threads a row.
+  // Of each row, over all splits: the maximum, and one over the sum of probabilities relative to it.
   __device__ __forceinline__ void reduce_stats(float2 (&row_stats)[ROWS], const float2* tile_stats) const {
-    float2 x = {LOWEST, 0.0f};
+    constexpr int SHARES = THREADS / ROWS, BATCH = 9;
+    __shared__ float2 shares[SHARES * ROWS];
+    const int row = threadIdx.x % ROWS, share = threadIdx.x / ROWS;
+    float2 total = {LOWEST, 0.0f};
     auto add = [&](float2 y) {
-      const float higher = fmaxf(x.x, y.x);
-      x = {higher, x.y * exp2_fast(x.x - higher) + y.y * exp2_fast(y.x - higher)};
+      const float higher = fmaxf(total.x, y.x);
+      total = {higher, total.y * exp2_fast(total.x - higher) + y.y * exp2_fast(y.x - higher)};
     };
-#pragma unroll 8
-    for (int s = threadIdx.x % 2; s < splits; s += 2) add(tile_stats[s * ROWS + threadIdx.x / 2]);
-    add({__shfl_xor_sync(~0u, x.x, 1), __shfl_xor_sync(~0u, x.y, 1)});
-    if (threadIdx.x % 2 == 0) row_stats[threadIdx.x / 2] = x;
+    for (int first = share; first < splits; first += BATCH * SHARES) {
+      float2 y[BATCH];
+#pragma unroll
+      for (int i = 0; i < BATCH; ++i) {
+        y[i] = {LOWEST, 0.0f};
+        const int split = first + i * SHARES;
+        if (split < splits) y[i] = tile_stats[split * ROWS + row];
+      }
+#pragma unroll
+      for (int i = 0; i < BATCH; ++i) add(y[i]);
+    }
+    shares[threadIdx.x] = total;
+    __syncthreads();
+    if (share > 0) return;
+#pragma unroll
+    for (int i = 1; i < SHARES; ++i) add(shares[i * ROWS + row]);
+    const int head = (blockIdx.y * ROWS + row) / length;
+    if (sinks != nullptr && head < heads)  // one more logit, of a key without a value
+      add({to_float(sinks[head * sink_stride]) * LOG2E, 1.0f});
+    row_stats[row] = {total.x, total.y == 0.0f ? 0.0f : 1.0f / total.y};
+  }
+
+  // What the means of the splits from number `first` on count, of each row.
+  __device__ __forceinline__ void weigh_splits(float (&weights)[CHUNK * ROWS], const float2 (&row_stats)[ROWS],
+                                               const float2* tile_stats, int first) const {
+    __syncthreads();
+    const float2 total = row_stats[threadIdx.x % ROWS];
+#pragma unroll
+    for (int i = threadIdx.x; i < CHUNK * ROWS; i += THREADS) {
+      float2 y = {LOWEST, 0.0f};
+      if (first + i / ROWS < splits) y = tile_stats[first * ROWS + i];
+      weights[i] = exp2_fast(y.x - total.x) * y.y * total.y;
+    }
     __syncthreads();
   }
 
   // Two columns that a lane holds, of the eight from `column` on.
-  __device__ __forceinline__ void store(int row, int column, float2 total, float low, float high) const {
+  __device__ __forceinline__ void store(int row, int column, float low, float high) const {
     row += blockIdx.y * ROWS;
     if (row >= heads * length) return;
-    const int head = row / length;
-    float sum = total.y, f = 1.0f;
-    if (sinks != nullptr) {  // a sink is one more logit, of a key without a value
-      const float sink = to_float(sinks[head * sink_stride]) * LOG2E, higher = fmaxf(total.x, sink);
-      f = exp2_fast(total.x - higher);
-      sum = sum * f + exp2_fast(sink - higher);
-    }
-    f = sum > 0.0f ? f / sum : 0.0f;
-    T* line = out + ((static_cast<i64>(blockIdx.z) * heads + head) * length + row % length) * D;
+    T* line = out + ((static_cast<i64>(blockIdx.z) * heads + row / length) * length + row % length) * D;
     const int block = column / 32, t = column % 32 / 8, pair = threadIdx.x % 4;
-    line[key_dim<F>(block, t, pair, 0)] = T(low * f);
-    line[key_dim<F>(block, t, pair, 1)] = T(high * f);
+    line[key_dim<F>(block, t, pair, 0)] = T(low);
+    line[key_dim<F>(block, t, pair, 1)] = T(high);
   }
 };
 

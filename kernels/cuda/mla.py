@@ -25,7 +25,6 @@ __all__ = ["MlaKernel", "mla_kernel"]
 
 _NAME = "qsdpa_mla"
 _MERGE_NAME = "qsdpa_mla_merge"
-_MERGE_THREADS = 128
 
 
 @cache
@@ -43,7 +42,7 @@ class MlaKernel:
     def __init__(self, plan: MlaPlan) -> None:
         self.plan = plan
         sig = plan.signature
-        self.source = mla_body(_NAME, plan, "float") + mla_merge_body(_MERGE_NAME, sig, "float")
+        self.source = mla_body(_NAME, plan, "float") + mla_merge_body(_MERGE_NAME, plan, "float")
         self._out_shape = (sig.batch, sig.query_heads, sig.query_length, sig.value_dim)
         self._attention: dict[mx.Dtype | None, CustomKernel] = {}
         self._merge: dict[mx.Dtype | None, CustomKernel] = {}
@@ -68,8 +67,8 @@ class MlaKernel:
         sinks = call.sinks
         return self._merge_kernel(None if sinks is None else sinks.dtype)(
             inputs=[*partials, call.queries] if sinks is None else [*partials, call.queries, sinks],
-            grid=(_MERGE_THREADS * (sig.value_dim // 8), plan.row_tiles, sig.batch),
-            threadgroup=(_MERGE_THREADS, 1, 1),
+            grid=(plan.merge_threads * (sig.value_dim // 8), plan.row_tiles, sig.batch),
+            threadgroup=(plan.merge_threads, 1, 1),
             output_shapes=[self._out_shape],
             output_dtypes=[sig.dtype],
         )[0]
@@ -90,12 +89,12 @@ class MlaKernel:
 
     def _merge_kernel(self, sink_dtype: mx.Dtype | None) -> CustomKernel:
         if sink_dtype not in self._merge:
-            sig = self.plan.signature
+            plan = self.plan
             self._merge[sink_dtype] = custom_kernel(
                 _MERGE_NAME,
-                mla_merge_inputs(sig),
+                mla_merge_inputs(plan.signature),
                 ["out"],
-                mla_merge_body(_MERGE_NAME, sig, cuda_type(sink_dtype or mx.float32)),
-                prologue(_MERGE_NAME, _MERGE_THREADS, MLA_HEADERS),
+                mla_merge_body(_MERGE_NAME, plan, cuda_type(sink_dtype or mx.float32)),
+                prologue(_MERGE_NAME, plan.merge_threads, MLA_HEADERS),
             )
         return self._merge[sink_dtype]

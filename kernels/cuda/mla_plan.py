@@ -18,6 +18,9 @@ _FEWEST_ROWS = 32
 """With fewer, most of the products would be of rows that are not there."""
 _ROPE = 64
 _MOST_STAGES = 4
+_MOST_PARTS = 4
+_SPLITS_OF_A_PART = 18
+"""Splits that a thread of the merging kernel has under way at once: ``EACH`` of ``MlaMerger``."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,15 @@ class MlaPlan:
     def splits(self, count: int) -> int:
         """Thread blocks along ``count`` keys: the ideal number, or fewer where one would get no tile."""
         return max(1, min(self.ideal_splits, -(-count // TILE)))
+
+    @property
+    def merge_parts(self) -> int:
+        """Groups of threads that a block of the merging kernel deals the splits to."""
+        return min(_MOST_PARTS, -(-self.ideal_splits // _SPLITS_OF_A_PART))
+
+    @property
+    def merge_threads(self) -> int:
+        return 128 * self.merge_parts
 
     @property
     def keys_to_check(self) -> int:

@@ -212,13 +212,15 @@ def mla_merge_inputs(sig: Signature) -> list[str]:
     return [*MLA_OUTPUTS, "queries", *(["sinks"] if sig.has_sinks else [])]
 
 
-def mla_merge_body(name: str, sig: Signature, sink_type: str) -> str:
+def mla_merge_body(name: str, plan: MlaPlan, sink_type: str) -> str:
     """The body of the kernel ``name`` that merges the splits."""
+    sig = plan.signature
     sinks = f"sinks, {_sink_stride(sig)}" if sig.has_sinks else "nullptr, 0"
     return (
         f"{_end_of_bounds(name)}"
         f"qsdpa::MlaMerger<{_TYPES[sig.dtype]}, {sig.key_dim}, {_format(sig.key_format, sig.key_scale_dtype)}, "
-        f"{sink_type}>(partials, stats, {sinks}, out, queries_shape[1], queries_shape[2], stats_shape[1]).run();\n"
+        f"{plan.merge_parts}, {sink_type}>"
+        f"(partials, stats, {sinks}, out, queries_shape[1], queries_shape[2], stats_shape[1]).run();\n"
     )
 
 

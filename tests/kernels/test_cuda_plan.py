@@ -189,13 +189,20 @@ def test_no_block_of_absorbed_mla_is_without_keys() -> None:
     assert splits == [1, 1, 2, 16, HOPPER.multiprocessors // 2]
 
 
+@pytest.mark.parametrize(("batch", "parts"), [(1, 4), (3, 2), (8, 1), (64, 1)])
+def test_many_splits_of_absorbed_mla_are_merged_by_more_threads(batch: int, parts: int) -> None:
+    plan = mla_plan(_mla_signature(batch=batch), HOPPER)
+    assert (plan.merge_parts, plan.merge_threads) == (parts, 128 * parts)
+
+
 @pytest.mark.parametrize("mask", ["none", "bool", "additive"])
 @pytest.mark.parametrize("sinks", [False, True])
 def test_bodies_of_absorbed_mla_name_every_input_and_no_other(mask: str, sinks: bool) -> None:
     sig = _mla_signature(mask=mask, has_sinks=sinks)
-    body = mla_body("k", mla_plan(sig, HOPPER), "bool")
+    plan = mla_plan(sig, HOPPER)
+    body = mla_body("k", plan, "bool")
     assert set(re.findall(r"view\((\w+),", body)) | {"scale"} == set(mla_inputs(sig))
-    merge = mla_merge_body("k", sig, "float")
+    merge = mla_merge_body("k", plan, "float")
     assert all(re.search(rf"\b{name}(_shape)?\b", merge) for name in mla_merge_inputs(sig))
     assert re.search(r"\bsinks\b", merge) is not None or not sinks
 
