@@ -4,13 +4,13 @@
 // Work: a block serves 128 query rows (positions times the heads of one group, so that they share keys) of a sequence,
 // and all tiles of 64 keys that one of them sees. Four warpgroups:
 //   two producers  one of keys, one of values: fetch codes ahead into registers and unpack them, once, into a ring of
-//                  tiles in shared memory (panels.cuh)
+//                  tiles in shared memory (panels.cuh, rolling_panels.cuh)
 //   two consumers  scores S = Q K^T [64 x 64], softmax, O += P V, of 64 rows each. Output rows of more than 256 columns
 //                  are too many for the registers of one: then a block has 64 rows, and each consumer half the columns.
 // A consumer's products of values of a tile run while it takes the softmax of the next, and the other consumer's fill
 // the gaps.
 #pragma once
-#include "panels.cuh"
+#include "rolling_panels.cuh"
 #include "softmax.cuh"
 
 namespace qsdpa {
@@ -91,8 +91,8 @@ template <typename C>
 class Prefiller {
   using T = typename C::T;
   static constexpr int D = C::D, DV = C::DV;
-  using KeyUnpacker = PanelUnpacker<T, typename C::K, D, panels(D)>;
-  using ValueUnpacker = PanelUnpacker<T, typename C::V, DV, C::SIDES * C::OUT_PANELS>;
+  using KeyUnpacker = typename ChooseUnpacker<T, typename C::K, D, panels(D)>::Class;
+  using ValueUnpacker = typename ChooseUnpacker<T, typename C::V, DV, C::SIDES * C::OUT_PANELS>::Class;
 
   const PrefillArguments<C>& a;
   const u32 shared;
@@ -165,25 +165,15 @@ class Prefiller {
 
   template <bool ALIGNED, typename Unpacker, typename Tiles>
   __device__ __forceinline__ void produce(Unpacker& unpacker, Tiles& ring) const {
-    unpacker.template fetch<0, ALIGNED>(0, count);
+    unpacker.template fetch_first<ALIGNED>(0, count);
     for (int i = 0; i < tiles; ++i) {
       ring.wait_empty();
-      unpack_chunks<0, ALIGNED>(unpacker, ring.tile(), i * TILE_ROWS);
+      unpacker.template unpack<ALIGNED>(ring.tile(), i * TILE_ROWS, count);
       publish_to_products();
       ring.fill();
       // Not before publishing, which waits for all loads.
-      if (i + 1 < tiles) unpacker.template fetch<0, ALIGNED>((i + 1) * TILE_ROWS, count);
+      if (i + 1 < tiles) unpacker.template fetch_first<ALIGNED>((i + 1) * TILE_ROWS, count);
       ring.advance();
-    }
-  }
-
-  // Chunk I, which was fetched, and those after it.
-  template <int I, bool ALIGNED, typename Unpacker>
-  __device__ __forceinline__ void unpack_chunks(Unpacker& unpacker, u32 tile, int first) const {
-    unpacker.template unpack<I>(tile);
-    if constexpr (I + 1 < Unpacker::CHUNKS) {
-      unpacker.template fetch<I + 1, ALIGNED>(first, count);
-      unpack_chunks<I + 1, ALIGNED>(unpacker, tile, first);
     }
   }
 

@@ -53,7 +53,7 @@ WIDE_HEADERS = (
 )  # fmt: skip
 _WARPGROUPS = (*_COMMON, "wgmma.cuh", "unpack.cuh", "softmax.cuh")
 MLA_HEADERS = (*_WARPGROUPS, "mla.cuh")
-PREFILL_HEADERS = (*_WARPGROUPS, "panels.cuh", "prefill.cuh")
+PREFILL_HEADERS = (*_WARPGROUPS, "panels.cuh", "rolling_panels.cuh", "prefill.cuh")
 _TYPES = {mx.float16: "__half", mx.bfloat16: "__nv_bfloat16", mx.float32: "float", mx.uint8: "uint8_t"}
 _MODES = {"mxfp4": 2, "mxfp8": 3, "nvfp4": 4}
 _MASKS = {"none": 0, "causal": 1, "bool": 2, "additive": 3}
