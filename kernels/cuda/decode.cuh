@@ -20,13 +20,15 @@
 //   decode_query_operands.cuh  and from there to operands of products
 //   decode_copies.cuh          tiles from device memory into the ring
 //   decode_scores.cuh          products of a tile's keys with the queries
-//   decode_logits.cuh          rope, mask, and all else between scores and logits
+//   decode_logits.cuh          rope, and all else between scores and logits but the mask
+//   decode_mask.cuh            the mask, and the end of the keys
 //   decode_softmax.cuh         running maxima, and logits to probabilities
 //   decode_values.cuh          products of a tile's values with the probabilities
 //   decode_merge.cuh           results of teams and splits to the output
 #pragma once
 #include "decode_copies.cuh"
 #include "decode_logits.cuh"
+#include "decode_mask.cuh"
 #include "decode_merge.cuh"
 #include "decode_queries.cuh"
 #include "decode_scores.cuh"
@@ -47,6 +49,7 @@ class Decoder {
   const ScoreProducts<C> scores;
   const QueryRows<C> query_rows;
   const Logits<C> logits;
+  const ScoreMask<C, DecodeLane<C>> mask;
   RunningAttention<C> attention;
   QueryOperands<C> queries;
 
@@ -59,7 +62,8 @@ class Decoder {
         offsets(place),
         scores(place, offsets, memory),
         query_rows(a, work, place, memory),
-        logits(a, work, place, memory),
+        logits(place, memory),
+        mask(a, work, place),
         attention(place, offsets),
         queries(place, memory) {}
 
@@ -101,7 +105,7 @@ class Decoder {
     }
     if constexpr (C::TEAM > 1) logits.add_up(s);
 #pragma unroll
-    for (int i = 0; i < PARTS; ++i) logits.mask(s[i], first + 16 * i);
+    for (int i = 0; i < PARTS; ++i) mask.template apply<16>(s[i], first + 16 * i, [](float logit, int) { return logit; });
     typename RunningAttention<C>::ValueScales scales;
     attention.load_scales(scales, stage);
     typename C::RowFloats factors;

@@ -49,8 +49,7 @@ struct DecodeConfig {
   using KeyWords = CodeWords<K, KeyTile, KEY_SHARE, false>;
   using ValueWords = CodeWords<V, ValueTile, VALUE_SHARE, true>;
 
-  // What a lane holds of the scores of 16 keys: [n][x] is that of key r + x / LANE_ROWS * 8 and of its row number
-  // x % LANE_ROWS of block n (DecodeLane::row_of).
+  // What a lane holds of the scores of 16 keys: [n][x] is of key DecodeLane::score_key(x) and of row score_row(n, x).
   using Scores = float[ROW_BLOCKS][2 * LANE_ROWS];
   using RowFloats = float[ROW_BLOCKS][LANE_ROWS];  // a number for each of its rows
 

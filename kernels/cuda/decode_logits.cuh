@@ -1,5 +1,5 @@
 // From the scores of codes to logits in base 2: the factors of the rows, the rope term, the sum over the warps of a
-// team, the mask, and the end of the keys. Not every call has all of them; DecodeConfig says which.
+// team. Not every call has all of them; DecodeConfig says which.
 #pragma once
 #include "decode_work.cuh"
 
@@ -12,15 +12,11 @@ class Logits {
   using RowFloats = typename C::RowFloats;
   static constexpr int NB = C::ROW_BLOCKS, LR = C::LANE_ROWS, PARTS = C::PARTS, TEAM = C::TEAM;
 
-  const DecodeArguments<C>& a;
-  const DecodeWork<C> work;
   const DecodeLane<C> place;
   const SharedMemory memory;
 
  public:
-  __device__ __forceinline__ Logits(const DecodeArguments<C>& arguments, const DecodeWork<C>& work,
-                                    const DecodeLane<C>& place, SharedMemory memory)
-      : a(arguments), work(work), place(place), memory(memory) {}
+  __device__ __forceinline__ Logits(const DecodeLane<C>& place, SharedMemory memory) : place(place), memory(memory) {}
 
   // Scores of products to base-2 logits.
   __device__ __forceinline__ void apply_factors(Scores& s) const {
@@ -104,41 +100,9 @@ class Logits {
       }
   }
 
-  // The mask, and the end of the keys; `first` is the first of the 16.
-  __device__ __forceinline__ void mask(Scores& s, int first) const {
-    if constexpr (C::MASK == BOOLEAN || C::MASK == ADDITIVE) apply_mask(s, first);
-    const int last = C::MASK == CAUSAL ? work.count - work.length : work.count - 1;  // that every row sees
-    if (first + 15 > last) {
-#pragma unroll
-      for (int n = 0; n < NB; ++n)
-#pragma unroll
-        for (int x = 0; x < 2 * LR; ++x) {
-          const int seen = C::MASK == CAUSAL ? last + work.head_and_position(place.row_of(n, x % LR)).y : last;
-          if (first + place.r + x / LR * 8 > seen) s[n][x] = minus_infinity();
-        }
-    }
-  }
-
  private:
   __device__ __forceinline__ float row_factor(int n, int j) const {
     return memory.as<float>(C::ROW_FACTORS)[place.row_of(n, j)];
-  }
-
-  __device__ __forceinline__ void apply_mask(Scores& s, int first) const {
-#pragma unroll
-    for (int n = 0; n < NB; ++n)
-#pragma unroll
-      for (int x = 0; x < 2 * LR; ++x) {
-        const int2 at = work.head_and_position(place.row_of(n, x % LR));
-        const int key = min(first + place.r + x / LR * 8, work.count - 1);
-        const i64 column = a.mask.shape[3] > 1 ? key * a.mask.strides[3] : 0;
-        const auto m = a.mask.data[a.mask.offset(work.batch, at.x, at.y) + column];
-        if constexpr (C::MASK == BOOLEAN) {
-          if (!m) s[n][x] = minus_infinity();
-        } else {
-          s[n][x] = masked_logit(s[n][x], to_float(m));
-        }
-      }
   }
 };
 

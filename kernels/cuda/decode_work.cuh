@@ -45,6 +45,9 @@ struct DecodeLane {
 
   // The row that a lane has in accumulators: number j (of LANE_ROWS) of block n.
   __device__ __forceinline__ int row_of(int n, int j) const { return 8 * n + 4 * j + t; }
+  // What score number x of a block's is of.
+  __device__ __forceinline__ int score_key(int x) const { return r + x / C::LANE_ROWS * 8; }
+  __device__ __forceinline__ int score_row(int n, int x) const { return row_of(n, x % C::LANE_ROWS); }
   // The row of column r of block n, in operands of halves.
   __device__ __forceinline__ int column_row(int n) const { return 8 * n + (C::LANE_ROWS == 1 ? 0 : r % 2 * 4) + r / 2; }
 

@@ -42,14 +42,17 @@ __all__ = [
 ]
 
 _COMMON = ("ptx.cuh", "formats.cuh", "tiles.cuh", "operands.cuh")
-_DECODE_PARTS = ("decode_config.cuh", "decode_work.cuh", "decode_copies.cuh", "decode_queries.cuh", "decode_merge.cuh")
+_DECODE_PARTS = (
+    "decode_config.cuh", "decode_work.cuh", "decode_copies.cuh", "decode_queries.cuh", "decode_mask.cuh",
+    "decode_merge.cuh",
+)  # fmt: skip
 DECODE_HEADERS = (
     *_COMMON, *_DECODE_PARTS, "decode_query_operands.cuh", "decode_scores.cuh", "decode_logits.cuh",
     "decode_values.cuh", "decode_softmax.cuh", "decode.cuh",
 )  # fmt: skip
 WIDE_HEADERS = (
     *_COMMON, "wgmma.cuh", "unpack.cuh", *_DECODE_PARTS, "wide_config.cuh", "wide_queries.cuh", "wide_scores.cuh",
-    "wide_mask.cuh", "wide_values.cuh", "wide_softmax.cuh", "wide.cuh",
+    "wide_values.cuh", "wide_softmax.cuh", "wide.cuh",
 )  # fmt: skip
 _WARPGROUPS = (*_COMMON, "wgmma.cuh", "unpack.cuh", "softmax.cuh")
 MLA_HEADERS = (*_WARPGROUPS, "mla.cuh")

@@ -12,13 +12,12 @@
 //   wide_config.cuh   what a kernel is specialized on, its shared memory, and where a thread stands
 //   wide_queries.cuh  query rows to operands in shared memory
 //   wide_scores.cuh   products of a tile's keys with the queries
-//   wide_mask.cuh     the mask
 //   wide_softmax.cuh  scores to probabilities, and these to operands in shared memory
 //   wide_values.cuh   products of a tile's values with the probabilities
 #pragma once
 #include "decode_copies.cuh"
+#include "decode_mask.cuh"
 #include "decode_merge.cuh"
-#include "wide_mask.cuh"
 #include "wide_queries.cuh"
 #include "wide_scores.cuh"
 #include "wide_softmax.cuh"
@@ -56,7 +55,8 @@ class WideDecoder {
     __syncthreads();
 
     const WideScores<C> scores(place, shared);
-    const WideMask<C> mask(a, work, place, memory);
+    const ScoreMask<C, WideLane<C>> mask(a, work, place);
+    const float* factors = memory.as<float>(C::ROW_FACTORS);
     WideSoftmax<C> softmax(place, memory, shared);
     WideValues<C> values(place);
     for (; tile * C::TILE < work.count; tile += stride) {
@@ -65,7 +65,7 @@ class WideDecoder {
       typename C::Weights p;
       typename WideValues<C>::Operands operands;
       scores.multiply(s, at);
-      mask.apply(s, tile * C::TILE);
+      mask.template apply<C::TILE>(s, tile * C::TILE, [&](float score, int row) { return score * factors[row]; });
       // The barrier within lets all see the next tile, and tells that the stage of the one before is free.
       softmax.weigh(p, s, values, at, parity, [&] {
         if constexpr (C::EARLY_VALUES) values.unpack(operands, at);

@@ -47,8 +47,7 @@ struct WideConfig {
   using ValueScaleTile = ScaleTile<TILE, TEAM_THREADS, V::groups(DV), typename V::Scale>;
   using RopeTile = RowTile<TILE, TEAM_THREADS, 0, T, false>;
 
-  // What a lane holds of the scores of 64 keys: [n][x] is of key WideLane::key() + x / 2 * 8 and of row
-  // WideLane::row(n, x % 2).
+  // What a lane holds of the scores of 64 keys: [n][x] is of key WideLane::score_key(x) and of row score_row(n, x).
   using Scores = float[ROW_BLOCKS][4];
   using RowFloats = float[ROW_BLOCKS][2];  // a number for each of its rows
   using Weights = u32[ROW_BLOCKS][2];      // probabilities, as halves: of both rows of a block, for each of its keys
@@ -103,6 +102,9 @@ struct WideLane {
 
   __device__ __forceinline__ int key() const { return 16 * warp + r; }
   __device__ __forceinline__ int row(int n, int y) const { return 8 * n + 2 * t + y; }
+  // What score number x of a block's is of.
+  __device__ __forceinline__ int score_key(int x) const { return key() + x / 2 * 8; }
+  __device__ __forceinline__ int score_row(int n, int x) const { return row(n, x % 2); }
   __device__ __forceinline__ void team_barrier() const { group_barrier<C::TEAM_THREADS>(1 + team); }
   // Whether x holds for any thread of the team; they wait for each other.
   __device__ __forceinline__ bool team_any(bool x) const { return group_any<C::TEAM_THREADS>(1 + team, x); }
