@@ -75,7 +75,7 @@ class Decoder {
     auto fetch = [&](int tile, int stage) { copier.fetch(tile, ring + stage * C::STAGE); };
 
     const int stride = work.splits * C::TEAMS;
-    int tile = work.split * C::TEAMS + place.team, stage = 0;
+    int tile = work.first_tile(place.team), stage = 0;
 #pragma unroll
     for (int s = 0; s < C::STAGES - 1; ++s) fetch(tile + s * stride, s);
     query_rows.store(raw);

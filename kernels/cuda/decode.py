@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from qsdpa_patch.kernels.attention_call import AttentionCall
 from qsdpa_patch.kernels.cuda.custom_kernel import CustomKernel, custom_kernel
-from qsdpa_patch.kernels.cuda.decode_plan import DecodePlan, tickets_of_tile
+from qsdpa_patch.kernels.cuda.decode_plan import DecodePlan
 from qsdpa_patch.kernels.cuda.scales import device_scale
 from qsdpa_patch.kernels.cuda.source import (
     DECODE_HEADERS,
@@ -48,7 +48,7 @@ class DecodeKernel:
         self._tiles = sig.batch * self._row_tiles
         self._dtypes = [sig.dtype, mx.float32]
         self._variants: dict[tuple[mx.Dtype | None, mx.Dtype | None, bool], CustomKernel] = {}
-        self._launches: dict[int, tuple[int, dict[str, object]]] = {}
+        self._launches: dict[int, dict[str, object]] = {}
 
     def __call__(self, call: AttentionCall) -> mx.array:
         """Attention ``[B, Hq, L, Dv]`` of ``call``, lazy."""
@@ -66,28 +66,24 @@ class DecodeKernel:
             inputs.append(call.sinks)
         if call.rope is not None:
             inputs += (call.rope.queries, call.rope.keys)
-        tickets, launch = self._launch(self.plan.splits(call.key_count))
-        inputs += (device_scale(call.scale), take_tickets(tickets))
+        inputs += (device_scale(call.scale), take_tickets(self._tiles))
         kernel = self._variant(mask, call.sinks, stack is not None)
-        return kernel(inputs=inputs, output_dtypes=self._dtypes, **launch)[0]
+        return kernel(inputs=inputs, output_dtypes=self._dtypes, **self._launch(self.plan.splits(call.key_count)))[0]
 
-    def _launch(self, splits: int) -> tuple[int, dict[str, object]]:
-        """The number of tickets, and arguments of a launch that depend on the number of splits alone."""
+    def _launch(self, splits: int) -> dict[str, object]:
+        """Arguments of a launch that depend on the number of splits alone."""
         launch = self._launches.get(splits)
         if launch is None:
             plan, sig = self.plan, self.plan.signature
             partial_rows = self._tiles * splits * plan.rows if splits > 1 else 0
-            launch = self._launches[splits] = (
-                tickets_of_tile(splits) * self._tiles,
-                {
-                    "grid": (plan.threads * splits, self._row_tiles, sig.batch),
-                    "threadgroup": (plan.threads, 1, 1),
-                    "output_shapes": [
-                        (sig.batch, sig.query_heads, sig.query_length, sig.value_dim),
-                        (max(1, partial_rows * (sig.value_dim + 2)),),
-                    ],
-                },
-            )
+            launch = self._launches[splits] = {
+                "grid": (plan.threads * splits, self._row_tiles, sig.batch),
+                "threadgroup": (plan.threads, 1, 1),
+                "output_shapes": [
+                    (sig.batch, sig.query_heads, sig.query_length, sig.value_dim),
+                    (max(1, partial_rows * (sig.value_dim + 2)),),
+                ],
+            }
         return launch
 
     def _variant(self, mask: mx.array | None, sinks: mx.array | None, stacked: bool) -> CustomKernel:

@@ -102,6 +102,7 @@ struct DecodeArguments {
   u32* tickets;
   T* out;
   float* partials;  // [tile, split, row, DV], and after them the running maximum and sum: [tile, split, row, 2]
+  u32 blocks_at_once;  // that the device has room for
 };
 
 // The shared memory of a block, by the offsets of DecodeConfig.

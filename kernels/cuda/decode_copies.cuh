@@ -37,27 +37,28 @@ class TileRuns {
     const auto value_scales = a.value_scales.rows(work.batch, work.kv_head);
     const auto value_biases = a.value_biases.rows(work.batch, work.kv_head);
     const auto rope_rows = a.rope_keys.rows(work.batch, 0);
-    bool usable = rows_contiguous(key_rows, C::KeyTile::ROW_BYTES / 4, C::KeyTile::CHUNK) &&
-             rows_contiguous(key_scales, C::KeyScaleTile::ROW, 16) &&
-             (!K::HAS_BIAS || rows_contiguous(key_biases, C::KeyScaleTile::ROW, 16));
+    u64 apart = rows_apart(key_rows, C::KeyTile::ROW_BYTES / 4, C::KeyTile::CHUNK) |
+                rows_apart(key_scales, C::KeyScaleTile::ROW, 16);
+    if constexpr (K::HAS_BIAS) apart |= rows_apart(key_biases, C::KeyScaleTile::ROW, 16);
     keys = reinterpret_cast<const char*>(key_rows.data) + thread * C::KeyTile::CHUNK;
     if constexpr (!C::SHARED_KV) {
-      usable = usable && rows_contiguous(value_rows, C::ValueTile::ROW_BYTES / 4, C::ValueTile::CHUNK) &&
-               rows_contiguous(value_scales, C::ValueScaleTile::ROW, 16) &&
-               (!V::HAS_BIAS || rows_contiguous(value_biases, C::ValueScaleTile::ROW, 16));
+      apart |= rows_apart(value_rows, C::ValueTile::ROW_BYTES / 4, C::ValueTile::CHUNK) |
+               rows_apart(value_scales, C::ValueScaleTile::ROW, 16);
+      if constexpr (V::HAS_BIAS) apart |= rows_apart(value_biases, C::ValueScaleTile::ROW, 16);
       values = reinterpret_cast<const char*>(value_rows.data) + thread * C::ValueTile::CHUNK;
     }
-    if constexpr (C::ROPE > 0) usable = usable && rows_aligned(rope_rows, 16);
+    if constexpr (C::ROPE > 0) apart |= rows_aligned(rope_rows, 16) ? 0 : 1;
 #pragma unroll
     for (int i = 0; i < ROUNDS; ++i) {
       const int at = i * ROUND + thread * 16;
-      scales[i] = at < KEY_BIAS      ? reinterpret_cast<const char*>(key_scales.data) + at
-                  : at < VALUE_SCALE ? reinterpret_cast<const char*>(key_biases.data) + at - KEY_BIAS
-                  : at < VALUE_BIAS  ? reinterpret_cast<const char*>(value_scales.data) + at - VALUE_SCALE
-                                     : reinterpret_cast<const char*>(value_biases.data) + at - VALUE_BIAS;
+      const char* part = reinterpret_cast<const char*>(key_scales.data);
+      part = at < KEY_BIAS ? part : reinterpret_cast<const char*>(key_biases.data) - KEY_BIAS;
+      part = at < VALUE_SCALE ? part : reinterpret_cast<const char*>(value_scales.data) - VALUE_SCALE;
+      part = at < VALUE_BIAS ? part : reinterpret_cast<const char*>(value_biases.data) - VALUE_BIAS;
+      scales[i] = part + at;
       keep(scales[i]);
     }
-    if (!usable) keys = nullptr;
+    if (apart != 0) keys = nullptr;
     keep(keys);
     keep(values);
   }

@@ -1,15 +1,19 @@
 // Results of the teams of a block and of the splits of the keys, weighted by their maxima, to the output.
 //
 // The teams' meet in shared memory, over the ring once it is idle. The splits' meet in device memory: each block writes
-// its own and draws a ticket, and the block that draws the last one merges them, so that one launch does it all. Where
-// they are many, groups of MERGED splits are merged first, each by the last of its blocks.
+// its own and counts itself in, so that one launch does it all. The last to come merges them, or, where they are much
+// to read, each block a slice of the output, for which it waits until all have come. No block relies on the others
+// being under way, since a device that has other work may hold them back: one that has waited for long leaves, and the
+// last to come finds that out, and merges everything.
 #pragma once
 #include "decode_work.cuh"
 
 namespace qsdpa {
 
-constexpr int MERGED = 8;
-constexpr int TICKET_WORDS = 32;  // counters of a tile whose splits are merged in two steps: for all, and each group
+// A tile's counter: how many of its blocks have written their results, how many of these left without waiting for the
+// rest, and how many will not look at it again. The last of them all leaves it at zero, as it was found.
+constexpr int COUNT_BITS = 10;
+constexpr u32 COUNT = (1u << COUNT_BITS) - 1, ARRIVED = 1, DESERTED = 1u << COUNT_BITS, GONE = 1u << (2 * COUNT_BITS);
 
 template <typename C>
 class Merger {
@@ -57,94 +61,122 @@ class Merger {
     }
   }
 
-  // The splits' results to the output, by the last blocks to come here.
+  // The splits' results to the output, by the last block of the tile, or by each a slice.
   __device__ __forceinline__ void merge_splits(i64 tile) const {
     const int splits = work.splits;
     if (splits == 1) return;
-    u32* tickets = a.tickets + tile * (splits <= 2 * MERGED ? 1 : TICKET_WORDS);
-    if (splits <= 2 * MERGED) {
-      if (is_last(tickets, splits)) merge(tile * splits, splits, 1, true);
-    } else {  // in two steps, the first in many blocks at once
-      const int group = work.split / MERGED, groups = (splits + MERGED - 1) / MERGED;
-      const int members = min(MERGED, splits - group * MERGED);
-      if (!is_last(tickets + 1 + group, members)) return;
-      merge(tile * splits + group * MERGED, members, 1, false);
-      if (is_last(tickets, groups)) merge(tile * splits, groups, MERGED, true);
+    u32* counter = a.tickets + tile;
+    int slice = FOURS, first = 0, last = 0;
+    if (splits * FOURS < MUCH || gridDim.x * gridDim.y * gridDim.z > a.blocks_at_once) {
+      if (!is_last(counter)) return;
+    } else {
+      const Role role = meet(counter);
+      if (threadIdx.x == THREADS - 1) leave(counter);  // rather idle than the first threads
+      if (role == NONE) return;
+      slice = (FOURS + splits - 1) / splits;
+      first = role == ALL ? 0 : work.split, last = role == ALL ? splits - 1 : work.split;
+    }
+    for (int i = first; i <= last; ++i) {
+      merge(tile * splits * ROWS, i * slice, min((i + 1) * slice, FOURS));
+      __syncthreads();
     }
   }
 
  private:
-  // Counts this block as done; true in the last of `blocks`. The counter wraps to zero, ready for reuse.
-  __device__ __forceinline__ bool is_last(u32* counter, int blocks) const {
+  static constexpr int FOURS = ROWS * DV / 4;  // of dimensions, of all rows
+  static constexpr int MUCH = 4096;            // of them: what one block merges as fast as it would meet the others
+  static constexpr i64 PATIENCE = 1 << 16;     // cycles; far more than blocks differ that run at once
+
+  enum Role { NONE, SLICE, ALL };  // what a block is to merge
+
+  // Counts the block in, whose results are written; true in the last of the tile. The counter wraps to zero.
+  __device__ __forceinline__ bool is_last(u32* counter) const {
     bool* last = memory.as<bool>(C::ROW_FACTORS);
     __syncthreads();
-    if (threadIdx.x == 0) {
-      __threadfence();
-      *last = atomicInc(counter, blocks - 1) == blocks - 1;
-      __threadfence();
-    }
+    if (threadIdx.x == 0) *last = count_up_to(counter, work.splits - 1) == work.splits - 1;
     __syncthreads();
     return *last;
   }
 
-  // What one thread merges at once: fours of dimensions of ITEMS rows, of BATCH splits, so that all of their loads are
-  // under way together. Registers are the limit.
-  static constexpr int FOURS = ROWS * DV / 4, EACH = (FOURS + THREADS - 1) / THREADS;
-  static constexpr int LOADS = 8192 / THREADS, ITEMS = EACH < LOADS / MERGED ? EACH : LOADS / MERGED;
-  static constexpr int BATCH = ITEMS > 1 && LOADS / ITEMS < 2 * MERGED ? MERGED : 2 * MERGED;
+  // Counts the block in, and waits for the others.
+  __device__ __forceinline__ Role meet(u32* counter) const {
+    Role* role = memory.as<Role>(C::ROW_FACTORS);
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      const u32 all = work.splits;
+      u32 seen = count(counter, ARRIVED) + ARRIVED;
+      *role = (seen & COUNT) == all && (seen / DESERTED & COUNT) > 0 ? ALL : SLICE;
+      for (const i64 begin = clock64(); (seen & COUNT) != all && clock64() - begin < PATIENCE;)
+        seen = load_acquire(counter);
+      if ((seen & COUNT) != all && (count(counter, DESERTED) & COUNT) != all) *role = NONE;
+    }
+    __syncthreads();
+    return *role;
+  }
 
-  // Merge the results of `n` splits, `step` apart from `place` on: to the output, or into the first of them.
-  __device__ __forceinline__ void merge(i64 place, int n, int step, bool final) const {
-    float2* merged = memory.as<float2>(C::TEAM_STATS);
-    for (int begin = threadIdx.x; begin < FOURS; begin += ITEMS * THREADS) {
-      float4 x[ITEMS] = {};
-      float peak[ITEMS], total[ITEMS] = {};
-#pragma unroll
-      for (int j = 0; j < ITEMS; ++j) peak[j] = LOWEST;
-      for (int first = 0; first < n; first += BATCH) {
-        float2 stat[ITEMS][BATCH];
-        float4 y[ITEMS][BATCH];
-#pragma unroll
-        for (int j = 0; j < ITEMS; ++j) load_splits(stat[j], y[j], place, begin + j * THREADS, first, n, step);
-#pragma unroll
-        for (int j = 0; j < ITEMS; ++j) add_splits(x[j], peak[j], total[j], stat[j], y[j]);
-      }
-#pragma unroll
-      for (int j = 0; j < ITEMS; ++j) {
-        const int i = begin + j * THREADS, row = i / (DV / 4), d = i % (DV / 4) * 4;
-        if (i >= FOURS) break;
-        if (final) {
-          add_sink(row, peak[j], total[j], x[j]);
-          store(row, d, x[j], total[j]);
-        } else {
-          *reinterpret_cast<float4*>(a.partials + (place * ROWS + row) * DV + d) = x[j];
-          if (d == 0) merged[row] = {peak[j], total[j]};
+  __device__ __forceinline__ void leave(u32* counter) const {
+    if (count(counter, GONE) / GONE == work.splits - 1) *counter = 0;
+  }
+
+  // Merges fours of dimensions, numbers `begin` to `end`, of the splits' results that begin at row `place` of all. Where
+  // threads are left over, several share a four, and add up what they have in shared memory.
+  __device__ __forceinline__ void merge(i64 place, int begin, int end) const {
+    constexpr int MOST_LOG = THREADS >= 512 ? 9 : THREADS >= 256 ? 8 : THREADS >= 128 ? 7 : THREADS >= 64 ? 6 : 5;
+    const int log = min(MOST_LOG, 32 - __clz(max(end - begin - 1, 0)));  // of the fours that the block does at once
+    const int shares = min(THREADS >> log, (work.splits + BATCH - 1) / BATCH), share = threadIdx.x >> log;
+    float4* const sums = memory.as<float4>(0);
+    float2* const sum_stats = memory.as<float2>(THREADS * 16);
+    static_assert(THREADS * 24 <= C::ROW_FACTORS, "shared memory for what threads have of a four");
+    for (int first = begin; first < end; first += 1 << log) {
+      const int i = first + (threadIdx.x & ((1 << log) - 1)), row = i / (DV / 4), d = i % (DV / 4) * 4;
+      float4 x = {};
+      float peak = LOWEST, total = 0.0f;
+      float2 stat[BATCH];
+      float4 y[BATCH];
+      if (i < end && share < shares) {
+        for (int split = share; split < work.splits; split += BATCH * shares) {
+          load_splits(stat, y, place + row, d, split, shares);
+          add(x, peak, total, stat, y);
         }
       }
-    }
-    if (final) return;
-    __syncthreads();  // all have read the first split's
-    if (threadIdx.x < ROWS) *reinterpret_cast<float2*>(stats + (place * ROWS + threadIdx.x) * 2) = merged[threadIdx.x];
-  }
-
-  // Four dimensions (number i of all) of the splits from number `first` on, with the maxima and sums of their row.
-  __device__ __forceinline__ void load_splits(float2 (&stat)[BATCH], float4 (&y)[BATCH], i64 place, int i, int first,
-                                              int n, int step) const {
-    const int row = i / (DV / 4), d = i % (DV / 4) * 4;
-    const float* source = a.partials + (place * ROWS + row) * DV + d;
-    const float* source_stats = stats + (place * ROWS + row) * 2;
+      if (shares > 1) {  // so that this is the only pass
+        sums[threadIdx.x] = x, sum_stats[threadIdx.x] = {peak, total};
+        __syncthreads();
+      }
+      if (share > 0) return;
+      for (int k = 1; k < shares; k += BATCH) {
 #pragma unroll
-    for (int k = 0; k < BATCH; ++k) {
-      stat[k] = {LOWEST, 0.0f}, y[k] = {};
-      if (first + k < n && i < FOURS) {
-        stat[k] = load_fresh2(source_stats + (first + k) * step * (ROWS * 2));
-        y[k] = load_fresh4(source + (first + k) * step * (ROWS * DV));
+        for (int j = 0; j < BATCH; ++j) {
+          const int at = ((k + j) << log) + threadIdx.x;
+          stat[j] = {LOWEST, 0.0f}, y[j] = {};
+          if (k + j < shares) stat[j] = sum_stats[at], y[j] = sums[at];
+        }
+        add(x, peak, total, stat, y);
+      }
+      if (i < end) {
+        add_sink(row, peak, total, x);
+        store(row, d, x, total);
       }
     }
   }
 
-  __device__ __forceinline__ void add_splits(float4& x, float& peak, float& total, const float2 (&stat)[BATCH],
-                                             const float4 (&y)[BATCH]) const {
+  static constexpr int BATCH = 8;  // results that a thread reads before it adds them up
+
+  // Of every `step`-th split from `first` on: dimensions from `d` on of a row, with its maximum and sum.
+  __device__ __forceinline__ void load_splits(float2 (&stat)[BATCH], float4 (&y)[BATCH], i64 row, int d, int first,
+                                              int step) const {
+    const u32 most = work.splits - 1;
+#pragma unroll
+    for (int k = 0; k < BATCH; ++k) {
+      const u32 split = first + k * step;
+      const i64 at = row + min(split, most) * ROWS;
+      stat[k] = load_fresh2(stats + at * 2), y[k] = load_fresh4(a.partials + at * DV + d);
+      if (split > most) stat[k] = {LOWEST, 0.0f}, y[k] = {};
+    }
+  }
+
+  __device__ __forceinline__ static void add(float4& x, float& peak, float& total, const float2 (&stat)[BATCH],
+                                             const float4 (&y)[BATCH]) {
     const float before = peak;
 #pragma unroll
     for (int k = 0; k < BATCH; ++k) peak = fmaxf(peak, stat[k].x);

@@ -12,14 +12,12 @@ from qsdpa_patch.kernels.cuda.device import DeviceLimits
 from qsdpa_patch.kernels.cuda.planning import Unsupported, check_limits, ideal_splits
 from qsdpa_patch.kernels.format import Format
 
-__all__ = ["DecodePlan", "code_pitch", "decode_plan", "merged_splits", "tickets_of_tile"]
+__all__ = ["DecodePlan", "code_pitch", "decode_plan", "merged_splits"]
 
 PART = 16
 """Keys that are the rows of one matrix operand; a tile is one, two or four such parts."""
-_MERGED = 8
-_TICKETS = 32
-"""``MERGED`` and ``TICKET_WORDS`` in ``decode_merge.cuh``."""
-_MOST_SPLITS = (_TICKETS - 1) * _MERGED
+_MOST_SPLITS = 1023
+"""What the counter of a tile counts up to (``COUNT`` in ``decode_merge.cuh``)."""
 _MOST_ROW_BLOCKS = 4
 _ACCUMULATORS = 512
 """Blocks of 8 query rows times value dimensions that the registers of a warp hold: more takes a team of warps."""
@@ -43,6 +41,7 @@ class DecodePlan:
     warps, stages, parts: of a thread block, tiles of a team's ring, and sixteens of keys of a tile.
     team: warps that share a tile, each with a part of the dimensions.
     shared_bytes: dynamic shared memory of a thread block. ideal_splits: blocks along many keys.
+    blocks_at_once: thread blocks that the device has room for.
     """
 
     signature: Signature
@@ -54,6 +53,7 @@ class DecodePlan:
     team: int
     shared_bytes: int
     ideal_splits: int
+    blocks_at_once: int
 
     @property
     def threads(self) -> int:
@@ -100,13 +100,9 @@ def _fitting_plan(sig: Signature, limits: DeviceLimits, rows: int, row_tiles: in
             shared = shared_bytes(sig, rows, warps, stages, parts, team)
             if shared <= limits.shared_per_block and warps >= team:
                 splits = merged_splits(sig.batch * sig.kv_heads * row_tiles, limits)
-                return DecodePlan(sig, rows, row_tiles, warps, stages, parts, team, shared, splits)
+                at_once = limits.multiprocessors
+                return DecodePlan(sig, rows, row_tiles, warps, stages, parts, team, shared, splits, at_once)
     return None
-
-
-def tickets_of_tile(splits: int) -> int:
-    """Counters that the merge of ``splits`` takes: one, or where it has two steps, one more for each group."""
-    return 1 if splits <= 2 * _MERGED else _TICKETS
 
 
 def merged_splits(tiles: int, limits: DeviceLimits) -> int:

@@ -22,7 +22,7 @@ class QueryRows {
 
  public:
   struct Raw {
-    float rows[ROWS_OF_WARP][D / 32];  // a warp's: every 32nd number from the lane's on
+    T rows[ROWS_OF_WARP][D / 32];  // a warp's: every 32nd number from the lane's on; not yet used, so not yet waited for
     float scale;
   };
 
@@ -36,12 +36,12 @@ class QueryRows {
     for (int k = 0; k < ROWS_OF_WARP; ++k) {
       const T* source = work.query_row(a.queries, warp + k * C::WARPS);
 #pragma unroll
-      for (int i = 0; i < D / 32; ++i) raw.rows[k][i] = to_float(source[(32 * i + lane) * a.queries.strides[3]]);
+      for (int i = 0; i < D / 32; ++i) raw.rows[k][i] = source[(32 * i + lane) * a.queries.strides[3]];
     }
   }
 
   // All of it to shared memory; the block has to wait for it.
-  __device__ __forceinline__ void store(Raw& raw) const {
+  __device__ __forceinline__ void store(const Raw& raw) const {
     // The sign goes to the queries, so that the largest score is the largest logit.
     const float sign = raw.scale < 0.0f ? -1.0f : 1.0f;
     const float scale = fabsf(raw.scale) * LOG2E * (K::SCALED_CODES ? K::CODE_FACTOR : 1.0f) * C::SCORE_UNIT;
@@ -49,12 +49,11 @@ class QueryRows {
     for (int k = 0; k < ROWS_OF_WARP; ++k) {
       const int row = warp + k * C::WARPS;
       if (row >= ROWS) break;
-      float(&x)[D / 32] = raw.rows[k];
-      float peak = 0.0f;
+      float x[D / 32], peak = 0.0f;
       bool finite = true;
 #pragma unroll
       for (int i = 0; i < D / 32; ++i) {
-        x[i] *= sign, peak = fmaxf(peak, fabsf(x[i]));
+        x[i] = to_float(raw.rows[k][i]) * sign, peak = fmaxf(peak, fabsf(x[i]));
         finite &= isfinite(x[i]);
       }
       peak = warp_max(peak);

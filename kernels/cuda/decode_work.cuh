@@ -9,6 +9,7 @@ namespace qsdpa {
 
 template <typename C>
 struct DecodeWork {
+  static constexpr int FEW_SPLITS = 8;
   const int split = blockIdx.x, splits = gridDim.x, batch = blockIdx.z;
   int kv_head, first_row, group_size, length, rows;  // rows: of the whole group, in all tiles
   int count;                                         // keys
@@ -21,6 +22,12 @@ struct DecodeWork {
     length = a.queries.shape[2];
     rows = group_size * length;
     count = a.keys.shape[2];
+  }
+
+  // Where a team begins with tiles: after it, every `splits * TEAMS`-th is its own. Neighbours go to a block, which is
+  // kind to memory, or where there are many splits to different ones, so that a rest is not left to a few of them.
+  __device__ __forceinline__ int first_tile(int team) const {
+    return splits <= FEW_SPLITS ? split * C::TEAMS + team : split + splits * team;
   }
 
   // Query head and position of one of the block's rows; rows past the end repeat the last.

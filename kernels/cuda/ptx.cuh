@@ -209,6 +209,25 @@ __device__ __forceinline__ float4 load_fresh4(const float* p) {
   return x;
 }
 
+// Counters in device memory, by which blocks of a launch meet: what a block wrote before it counts, barriers of the block
+// included, others find that have read or counted after it. Give the number before.
+__device__ __forceinline__ u32 count(u32* counter, u32 by) {
+  u32 before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(by) : "memory");
+  return before;
+}
+// By one, and after `most` to zero.
+__device__ __forceinline__ u32 count_up_to(u32* counter, u32 most) {
+  u32 before;
+  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(most) : "memory");
+  return before;
+}
+__device__ __forceinline__ u32 load_acquire(const u32* counter) {
+  u32 x;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(counter) : "memory");
+  return x;
+}
+
 // Transpose an 8 x 8 matrix of 16-bit units held across the warp.
 __device__ __forceinline__ u32 transpose_matrix(u32 a) {
   u32 d;

@@ -153,7 +153,7 @@ def decode_body(
 
     operands = [operand(member) for member in _OPERANDS]
     operands.insert(_OPERANDS.index("sinks") + 1, _sink_stride(sig))
-    arguments = ", ".join([*operands, "const_cast<uint32_t*>(tickets)", *DECODE_OUTPUTS])
+    arguments = ", ".join([*operands, "const_cast<uint32_t*>(tickets)", *DECODE_OUTPUTS, str(plan.blocks_at_once)])
     decoder = "WideDecoder" if isinstance(plan, WidePlan) else "Decoder"
     return (
         f"{_end_of_bounds(name)}"

@@ -18,10 +18,11 @@ __device__ __forceinline__ bool rows_aligned(const Rows<T>& x, int bytes) {
   return x.element_stride == 1 && bits % bytes == 0;
 }
 
-// The rows follow each other without gaps, from an aligned address: a tile is one run of bytes.
+// Zero if the rows follow each other without gaps, from an aligned address: a tile is one run of bytes. (No truth value:
+// what is gathered from many operands makes no branches.)
 template <typename T>
-__device__ __forceinline__ bool rows_contiguous(const Rows<T>& x, int row, int bytes) {
-  return x.element_stride == 1 && x.row_stride == row && reinterpret_cast<u64>(x.data) % bytes == 0;
+__device__ __forceinline__ u64 rows_apart(const Rows<T>& x, int row, int bytes) {
+  return static_cast<u64>((x.element_stride ^ 1) | (x.row_stride ^ row)) | reinterpret_cast<u64>(x.data) % bytes;
 }
 
 // How TILE rows of ROW_BYTES bytes each lie in shared memory, so that 16 bytes of 8 rows lie in distinct banks: without

@@ -40,6 +40,7 @@ struct WideConfig {
   static constexpr bool BF16_VALUE_SCALES = IsBfloat16<typename V::Scale>::value;
   // Operands of values are unpacked before the barrier that the products wait for, where registers hold them so long.
   static constexpr bool EARLY_VALUES = TEAMS < 4 || ROWS == 16;
+  static constexpr bool TWO_KEY_GROUPS = TEAMS < 4;  // products of two groups of keys at once, likewise
 
   using KeyTile = RowTile<TILE, TEAM_THREADS, K::row_bytes(D), u32, K::MATRICES>;
   using ValueTile = RowTile<TILE, TEAM_THREADS, V::row_bytes(DV), u32, V::MATRICES>;

@@ -23,7 +23,7 @@ class WideQueries {
   __device__ __forceinline__ void load(Raw& raw) const { rows.load(raw); }
 
   // All of it to shared memory; the block has to wait for it. A warp makes operands of what it stored itself.
-  __device__ __forceinline__ void store(Raw& raw) const {
+  __device__ __forceinline__ void store(const Raw& raw) const {
     rows.store(raw);
     __syncwarp();
     for (int row = threadIdx.x / 32; row < C::ROWS; row += C::WARPS) {

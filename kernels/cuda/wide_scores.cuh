@@ -29,28 +29,36 @@ class WideScores {
     keep(codes);
   }
 
-  // Of the tile at this shared address. Groups follow each other: accumulators of all would fill the registers.
+  // Of the tile at this shared address. Groups follow each other, as many at once as registers hold.
   __device__ __forceinline__ void multiply(Scores& s, u32 stage) const {
+    constexpr int AT_ONCE = C::TWO_KEY_GROUPS && GROUPS > 1 ? 2 : 1;
     Words words;
     Operands operands[2];
-    float c[NB][4];
+    float c[AT_ONCE][NB][4];
     unpack(operands[0], words, stage, 0);
     begin_products();
     multiply_biases(s, stage);
-    multiply_group(c, operands[0], 0);
+    multiply_group(c[0], operands[0], 0);
     const Scales low(stage + C::KEY_SCALES, place.key(), 0), high(stage + C::KEY_SCALES, place.key() + 8, 0);
 #pragma unroll
     for (int g = 0; g < GROUPS; ++g) {
       Operands& next = operands[(g + 1) % 2];
-      if (g + 1 < GROUPS) unpack(next, words, stage, g + 1);
-      wait_products<0>();
-      pin(c);
-      if (g == 0) pin(s);
-      add_scaled(s, c, scale_value(low[g]), scale_value(high[g]));
-      if (g + 1 < GROUPS) {
+      auto begin_next = [&] {
         begin_products();
-        multiply_group(c, next, g + 1);
+        multiply_group(c[(g + 1) % AT_ONCE], next, g + 1);
+      };
+      if (g + 1 < GROUPS) unpack(next, words, stage, g + 1);
+      if (AT_ONCE == 2 && g + 1 < GROUPS) {
+        begin_next();
+        wait_products<1>();
+      } else {
+        wait_products<0>();
       }
+      float(&sums)[NB][4] = c[g % AT_ONCE];
+      pin(sums);
+      if (g == 0) pin(s);
+      add_scaled(s, sums, scale_value(low[g]), scale_value(high[g]));
+      if (AT_ONCE == 1 && g + 1 < GROUPS) begin_next();
     }
   }
 

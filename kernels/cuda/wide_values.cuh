@@ -50,12 +50,13 @@ class WideValues {
   __device__ __forceinline__ void begin(const Operands& operands, u32 weights) {
     begin_products();
 #pragma unroll
-    for (int b = 0; b < BLOCKS; ++b) {
-      const int column = b * 64 / V::GROUP * C::ROWS;
-      const u64 p = columns_descriptor<PANEL_BYTES>(weights + column / 64 * PANEL_BYTES + column % 64 * 2);
+    for (int k = 0; k < 4; ++k)
 #pragma unroll
-      for (int k = 0; k < 4; ++k) multiply_left<false, true>(o[b], operands[b][k], p + k * (16 * 128 >> 4), 1);
-    }
+      for (int b = 0; b < BLOCKS; ++b) {  // in turn: none waits for the one before it
+        const int column = b * 64 / V::GROUP * C::ROWS;
+        const u64 p = columns_descriptor<PANEL_BYTES>(weights + column / 64 * PANEL_BYTES + column % 64 * 2);
+        multiply_left<false, true>(o[b], operands[b][k], p + k * (16 * 128 >> 4), 1);
+      }
     commit_products();
   }
 

@@ -11,11 +11,12 @@ import mlx.core as mx
 import pytest
 
 from qsdpa_patch.kernels.attention_call import AttentionCall, RopeTerm, Signature, check_call
-from qsdpa_patch.kernels.cuda import backend, tickets
+from qsdpa_patch.kernels.cuda import backend, decode, tickets
 from qsdpa_patch.kernels.cuda.decode import DecodeKernel
-from qsdpa_patch.kernels.cuda.decode_plan import decode_plan
+from qsdpa_patch.kernels.cuda.decode_plan import DecodePlan, decode_plan
 from qsdpa_patch.kernels.cuda.device import HOPPER, DeviceLimits, device_limits
-from qsdpa_patch.kernels.cuda.wide_plan import wide_plan
+from qsdpa_patch.kernels.cuda.planning import Unsupported
+from qsdpa_patch.kernels.cuda.wide_plan import WidePlan, wide_plan
 from qsdpa_patch.kernels.format import FLOAT_FORMATS, Format
 from qsdpa_patch.kernels.quantized_tensor import PackedStack, QuantizedTensor, quantize, stack_parts
 from tests.attention_cases import (
@@ -411,6 +412,50 @@ def test_plans_for_devices_with_less_shared_memory(case: Case, shared: int) -> N
 def _layout(call: AttentionCall, limits: DeviceLimits) -> tuple[int, int, int]:
     plan = decode_plan(call.signature, limits)
     return plan.warps, plan.stages, plan.parts
+
+
+_MANY_SPLITS = Case(
+    seed=16, kv_heads=1, group=8, length=3, count=40000, capacity=40064, key_dim=256, value_dim=256, dtype=mx.float16,
+    mask="causal", sinks=True,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("at_once", [HOPPER.multiprocessors, 1], ids=["by all blocks", "by the last block"])
+@pytest.mark.parametrize("kind", [decode_plan, wide_plan])
+def test_results_of_any_number_of_splits_are_merged(
+    kind: Callable[[Signature, DeviceLimits], DecodePlan | WidePlan], at_once: int
+) -> None:
+    """Numbers that divide the output evenly or not; with more than a few, each block merges a slice."""
+    limits = device_limits()
+    assert limits is not None
+    call = build(_MANY_SPLITS)
+    try:
+        plan = kind(call.signature, limits)
+    except Unsupported as reason:
+        pytest.skip(str(reason))
+    reference = expected(call)
+    for splits in (2, 3, 7, 16, 17, 33, 66):
+        tried = replace(plan, ideal_splits=splits, blocks_at_once=at_once)
+        assert tried.splits(call.key_count) == splits
+        error = relative_error(DecodeKernel(tried)(call), reference)
+        assert error <= TOLERANCES[mx.float16], f"error {error:.2g} with {splits} splits"
+
+
+def test_no_block_waits_for_ever_for_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More blocks wait for each other than the device holds: the last of each tile merges what the first left."""
+    call = build(replace(_MANY_SPLITS, kv_heads=6))
+    limits = device_limits()
+    assert limits is not None
+    plan = replace(decode_plan(call.signature, limits), ideal_splits=100, blocks_at_once=1 << 20)
+    assert 6 * plan.row_tiles * plan.splits(call.key_count) > 2 * limits.multiprocessors
+    counters = mx.zeros((256,), dtype=mx.uint32)
+    mx.eval(counters)
+    monkeypatch.setattr(decode, "take_tickets", lambda _: counters)
+    reference = expected(call)
+    for _ in range(3):
+        result = DecodeKernel(plan)(call)
+        assert relative_error(result, reference) <= TOLERANCES[mx.float16]
+        assert not mx.any(counters).item()  # left as they were found
 
 
 def test_counters_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -263,6 +263,13 @@ def test_warpgroup_products_take_long_contexts_of_more_rows_than_a_warp_holds_we
             assert isinstance(kernel.plan, WidePlan) == (length == 5)
 
 
+def test_warpgroup_products_take_16_heads_of_256_dimensions_over_long_contexts() -> None:
+    plan = wide_plan(_signature(kv_heads=2, key_dim=256, value_dim=256), HOPPER)
+    assert plan.row_tiles * plan.rows == 16
+    assert plan.splits(131072) * 2 == HOPPER.multiprocessors
+    assert 32768 < plan.fewest_keys <= 65536
+
+
 def test_the_kernel_is_chosen_by_the_length_of_the_context() -> None:
     four = Format.affine(4)
     short, long = (lambda call: mx.array(0)), (lambda call: mx.array(1))

@@ -6,7 +6,6 @@ import mlx.core as mx
 import pytest
 
 from qsdpa_patch.kernels.cuda import tickets
-from qsdpa_patch.kernels.cuda.decode_plan import tickets_of_tile
 from qsdpa_patch.kernels.cuda.tickets import take_tickets
 from tests.threads import run_in_threads
 
@@ -42,8 +41,3 @@ def test_threads_have_arrays_of_their_own() -> None:
     taken: list[list[mx.array]] = [[] for _ in range(4)]
     run_in_threads(lambda i: taken[i].extend(take_tickets(8) for _ in range(300)), 4)
     assert len({id(x) for arrays in taken for x in arrays}) == 4 * 256
-
-
-@pytest.mark.parametrize(("splits", "counters"), [(1, 1), (16, 1), (17, 32), (248, 32)])
-def test_counters_of_a_tile(splits: int, counters: int) -> None:
-    assert tickets_of_tile(splits) == counters
