@@ -11,11 +11,12 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from qsdpa_patch.kernels.format import Format
-from qsdpa_patch.kernels.quantized_tensor import PackedStack, QuantizedTensor
+from qsdpa_patch.kernels.quantized_tensor import PackedStack, QuantizedTensor, StackMember
 from qsdpa_patch.kernels.rotation import rotate
 
 __all__ = ["AttentionCall", "RopeTerm", "Signature", "check_call"]
 
+_TENSORS = (QuantizedTensor, StackMember)
 _FLOATS = (mx.float16, mx.bfloat16, mx.float32)
 
 
@@ -109,8 +110,8 @@ class AttentionCall:
 
 def check_call(
     queries: mx.array,
-    keys: QuantizedTensor,
-    values: QuantizedTensor,
+    keys: QuantizedTensor | StackMember,
+    values: QuantizedTensor | StackMember,
     *,
     scale: float,
     mask: mx.array | str | None = None,
@@ -144,7 +145,8 @@ def check_call(
         keys.format.packing, values.format.packing, keys.scale_dtype, values.scale_dtype, mask_kind,
         sinks is not None, 0 if rope is None else rope.queries.shape[-1], values is keys,
     )  # fmt: skip
-    return AttentionCall(queries, keys, values, float(scale), mask, sinks, rope, signature)
+    # A stack member answers for the tensor that it stands for.
+    return AttentionCall(queries, keys, values, float(scale), mask, sinks, rope, signature)  # type: ignore[arg-type]
 
 
 def _check_queries(queries: mx.array) -> tuple[int, int, int, int]:
@@ -158,11 +160,11 @@ def _check_queries(queries: mx.array) -> tuple[int, int, int, int]:
 
 
 def _check_keys_values(
-    queries: tuple[int, int, int, int], keys: QuantizedTensor, values: QuantizedTensor
+    queries: tuple[int, ...], keys: QuantizedTensor | StackMember, values: QuantizedTensor | StackMember
 ) -> tuple[int, int]:
     """``queries`` is their shape."""
-    if type(keys) is not QuantizedTensor or type(values) is not QuantizedTensor:
-        name, given = ("values", values) if type(keys) is QuantizedTensor else ("keys", keys)
+    if type(keys) not in _TENSORS or type(values) not in _TENSORS:
+        name, given = ("values", values) if type(keys) in _TENSORS else ("keys", keys)
         raise TypeError(f"{name} are {type(given).__name__}: give a QuantizedTensor (see quantize)")
     key_shape, value_shape = keys.shape, values.shape
     if len(key_shape) != 4 or len(value_shape) != 4:

@@ -18,6 +18,7 @@ from qsdpa_patch.kernels.rotation import rotate
 __all__ = [
     "PackedStack",
     "QuantizedTensor",
+    "StackMember",
     "dequantize_parts",
     "quantize",
     "quantize_parts",
@@ -192,6 +193,13 @@ class PackedStack:
         }  # fmt: skip
         return [QuantizedTensor._of_stack(x, i, shared) for i, x in enumerate(each)]
 
+    def members(self) -> list[StackMember]:
+        """The same tensors for attention alone."""
+        batch, planes, rows, words = self.codes.shape
+        padded = words * 32 // self.format.bits
+        shape = (batch, planes // self.count, rows, self.dim)
+        return [StackMember(self, index, shape, padded, self.scales.dtype) for index in range(self.count)]
+
     def parts(self, index: int) -> tuple[mx.array, ...]:
         """Codes, scales and, where the format has them, biases of tensor ``index``, as views."""
         heads = self.codes.shape[1] // self.count
@@ -214,6 +222,43 @@ class PackedStack:
             parts = self.parts(index)
             biases = parts[2] if self.format.has_biases else None
             _check_parts(parts[0], parts[1], biases, self.format, self.padded_dim, self.dim)
+
+
+class StackMember:
+    """A tensor of a :class:`PackedStack` for attention alone: what kernels read of it, at a tenth of the cost.
+
+    Whatever else is asked of it, a :class:`QuantizedTensor` that is made then answers.
+    """
+
+    __slots__ = ("_tensor", "dim", "dtype", "format", "index", "padded_dim", "scale_dtype", "shape", "stack")
+
+    def __init__(
+        self, stack: PackedStack, index: int, shape: tuple[int, ...], padded_dim: int, scale_dtype: mx.Dtype
+    ) -> None:
+        self.stack = stack
+        self.index = index
+        self.shape = shape
+        self.padded_dim = padded_dim
+        self.scale_dtype = scale_dtype
+        self.format = stack.format
+        self.dim = stack.dim
+        self.dtype = stack.dtype
+        self._tensor: QuantizedTensor | None = None
+
+    @property
+    def tensor(self) -> QuantizedTensor:
+        """The same tensor as an array."""
+        if self._tensor is None:
+            self._tensor = self.stack.tensors()[self.index]
+        return self._tensor
+
+    @property
+    def parts(self) -> tuple[mx.array, ...]:
+        """Codes, scales and, where the format has them, biases."""
+        return self.stack.parts(self.index)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tensor, name)
 
 
 def stack_parts(tensors: Sequence[Sequence[mx.array]]) -> list[mx.array]:

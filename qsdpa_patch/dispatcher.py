@@ -12,9 +12,10 @@ from typing import Any
 
 import mlx.core as mx
 
+from qsdpa_patch.callers import TAKES_STACK_MEMBERS
 from qsdpa_patch.kernels.attention_call import RopeTerm, check_call
 from qsdpa_patch.kernels.format import Format
-from qsdpa_patch.kernels.quantized_tensor import QuantizedTensor
+from qsdpa_patch.kernels.quantized_tensor import QuantizedTensor, StackMember
 from qsdpa_patch.latent_rope import RopeScores
 from qsdpa_patch.layer_tags import LayerTag, kind_of, tag_of
 from qsdpa_patch.report import recorder
@@ -50,7 +51,7 @@ def make_dispatcher(original: Callable[..., mx.array]) -> Callable[..., mx.array
         sinks: mx.array | None = None,
     ) -> mx.array:
         key_type, value_type = type(keys), type(values)
-        if key_type is QuantizedTensor and value_type is QuantizedTensor:
+        if key_type is value_type and (key_type is StackMember or key_type is QuantizedTensor):
             tag = tag_of(cache)
             caller = _caller(cache, frame(1).f_globals["__name__"]) if tag is None or tag.kind == "list" else tag
             return _attend(queries, keys, values, caller, scale, mask, sinks)
@@ -77,13 +78,14 @@ def make_dispatcher(original: Callable[..., mx.array]) -> Callable[..., mx.array
             return original(queries, keys, values, None, scale, mask, sinks)
         return _attend(queries, keys, values, caller, scale, mask, sinks)
 
+    setattr(scaled_dot_product_attention, TAKES_STACK_MEMBERS, scaled_dot_product_attention)
     return scaled_dot_product_attention
 
 
 def _attend(
     queries: mx.array,
-    keys: QuantizedTensor,
-    values: QuantizedTensor,
+    keys: QuantizedTensor | StackMember,
+    values: QuantizedTensor | StackMember,
     caller: Caller | LayerTag,
     scale: float,
     mask: Any,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import FrameType
 from typing import Any, ClassVar, TypeVar
 
 import mlx.core as mx
@@ -11,6 +12,7 @@ from qsdpa_patch.caches.codec import as_format, fit_codec
 from qsdpa_patch.caches.header import Header, read_header, write_header
 from qsdpa_patch.caches.layout import Layout
 from qsdpa_patch.caches.packed_rows import Rows, capacity
+from qsdpa_patch.callers import only_attends
 from qsdpa_patch.kernels.format import Format
 from qsdpa_patch.kernels.rotation import MIN_BLOCK
 from qsdpa_patch.layer_tags import set_tag, tag_of
@@ -159,6 +161,21 @@ class QuantizedCache(_BaseCache):  # type: ignore[misc] # mlx-lm has no annotati
     def _set_layout(self, layout: Layout) -> None:
         self._layout = layout
         self.key_format, self.value_format = layout.keys.format, layout.values.format
+
+    def keys_and_values(self) -> tuple[mx.array, mx.array]:
+        """The rows kept, as attention gets them: a :class:`QuantizedTensor`, or plain where the format is ``None``."""
+        return self._decode(self._kept())
+
+    def _kept(self) -> Rows:
+        """The stored rows that attention gets."""
+        raise NotImplementedError
+
+    def _hand_over(self, caller: FrameType) -> tuple[Any, Any]:
+        """:meth:`keys_and_values` for the function that runs in ``caller``; no arrays, where it has no use for them."""
+        assert self._layout is not None
+        if self._layout.shared and only_attends(caller):
+            return self._layout.members(self._kept())
+        return self.keys_and_values()
 
     def _decode(self, rows: Rows) -> tuple[mx.array, mx.array]:
         """Stored rows as attention gets them: a :class:`QuantizedTensor` each, or plain rows."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any, ClassVar, Self
 
 import mlx.core as mx
@@ -10,7 +11,7 @@ from mlx_lm.models import cache as mlx_lm_cache
 from qsdpa_patch.caches.base import DEFAULT_FORMAT, saved
 from qsdpa_patch.caches.batch_base import BatchQuantizedCache
 from qsdpa_patch.caches.latent import LatentCache, QuantizedLatentCache
-from qsdpa_patch.caches.packed_rows import append, capacity, compact, pick, roll_each, select
+from qsdpa_patch.caches.packed_rows import Rows, append, capacity, compact, pick, roll_each, select
 from qsdpa_patch.caches.quantized import QuantizedKVCache
 from qsdpa_patch.kernels.format import Format
 
@@ -38,11 +39,10 @@ class BatchQuantizedKVCache(BatchQuantizedCache):
         self.rows = append(self.rows, self._idx, self._encode(keys, values))
         self.offset = self.offset + keys.shape[2]
         self._idx += keys.shape[2]
-        return self.keys_and_values()
+        return self._hand_over(sys._getframe(1))
 
-    def keys_and_values(self) -> tuple[mx.array, mx.array]:
-        """All rows, as attention gets them: a :class:`QuantizedTensor`, or plain where the format is ``None``."""
-        return self._decode(select(self._buffers(), 0, self._idx))
+    def _kept(self) -> Rows:
+        return select(self._buffers(), 0, self._idx)
 
     def prepare(
         self,

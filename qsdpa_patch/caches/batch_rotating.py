@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any, ClassVar, Self
 
 import mlx.core as mx
@@ -84,12 +85,11 @@ class BatchQuantizedRotatingKVCache(BatchQuantizedCache):
         self._offset += count
         # The counters are evaluated with the rows: their graphs would grow without end otherwise.
         self.rows = mx.depends(self._buffers(), (self.left_padding, self.offset))
-        return self.keys_and_values()
+        return self._hand_over(sys._getframe(1))
 
-    def keys_and_values(self) -> tuple[mx.array, mx.array]:
-        """The rows kept, as attention gets them: a :class:`QuantizedTensor`, or plain where the format is ``None``."""
+    def _kept(self) -> Rows:
         rows = self._buffers()
-        return self._decode(select(rows, 0, self._offset) if self._offset < capacity(rows) else view(rows))
+        return select(rows, 0, self._offset) if self._offset < capacity(rows) else view(rows)
 
     def _overwrite(self, new: Rows) -> None:
         """Put a single row in the place of the oldest, in buffers that are full."""

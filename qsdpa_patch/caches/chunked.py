@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any, ClassVar, Self
 
 import mlx.core as mx
@@ -58,12 +59,11 @@ class QuantizedChunkedKVCache(QuantizedCache):
         start = self._first + self.offset - self.start_position
         write(self._buffers(), start, start + count, new)
         self.offset += count
-        return self.keys_and_values()
+        return self._hand_over(sys._getframe(1))
 
-    def keys_and_values(self) -> tuple[mx.array, mx.array]:
-        """The rows kept, as attention gets them: a :class:`QuantizedTensor`, or plain where the format is ``None``."""
+    def _kept(self) -> Rows:
         first = self._first
-        return self._decode(select(self._buffers(), first, first + self.offset - self.start_position))
+        return select(self._buffers(), first, first + self.offset - self.start_position)
 
     def _make_room(self, count: int, like: Rows) -> None:
         """Buffers that take ``count`` more rows like those of ``like``."""

@@ -64,15 +64,16 @@ class QuantizingCodec:
         return list(quantize_rows(sides, self.format))
 
     def decode(self, rows: Rows, sides: int) -> Sequence[mx.array]:
-        return self._stack(rows, sides).tensors()
+        return self.stack(rows, sides).tensors()
 
-    def _stack(self, rows: Rows, sides: int) -> PackedStack:
+    def stack(self, rows: Rows, sides: int) -> PackedStack:
+        """Stored rows of that many sides."""
         return PackedStack(rows[0], rows[1], sides, self.format, dim=self.dim, dtype=self.dtype)
 
     def check(self, rows: Rows, sides: int) -> None:
         """Raise ValueError unless ``rows`` are such rows."""
         try:
-            self._stack(rows, sides).check()
+            self.stack(rows, sides).check()
         except TypeError as error:
             raise ValueError(str(error)) from None
 

@@ -9,6 +9,7 @@ import mlx.core as mx
 
 from qsdpa_patch.caches.codec import Codec, QuantizingCodec
 from qsdpa_patch.caches.packed_rows import Rows
+from qsdpa_patch.kernels.quantized_tensor import StackMember
 
 __all__ = ["Layout"]
 
@@ -52,6 +53,12 @@ class Layout:
         else:
             split = self.keys.buffers
             (keys,), (values,) = self.keys.decode(rows[:split], 1), self.values.decode(rows[split:], 1)
+        return keys, values
+
+    def members(self, rows: Rows) -> tuple[StackMember, StackMember]:
+        """Stored rows of shared buffers as attention takes them, without arrays."""
+        assert isinstance(self.keys, QuantizingCodec)
+        keys, values = self.keys.stack(rows, 2).members()
         return keys, values
 
     def check(self, rows: Rows) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any, Self
 
 import mlx.core as mx
@@ -41,11 +42,10 @@ class QuantizedKVCache(QuantizedCache):
         """Append ``keys [B, H, S, D]`` and ``values [B, H, S, Dv]``; all rows, as attention gets them."""
         self.rows = append(self.rows, self.offset, self._encode(keys, values))
         self.offset += keys.shape[2]
-        return self.keys_and_values()
+        return self._hand_over(sys._getframe(1))
 
-    def keys_and_values(self) -> tuple[mx.array, mx.array]:
-        """All rows, as attention gets them: a :class:`QuantizedTensor`, or plain where the format is ``None``."""
-        return self._decode(select(self._buffers(), 0, self.offset))
+    def _kept(self) -> Rows:
+        return select(self._buffers(), 0, self.offset)
 
     def rows_in_time(self, count: int) -> Rows:
         """The last ``count`` stored rows, oldest first."""
