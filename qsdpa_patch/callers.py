@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import linecache
 import textwrap
 from collections.abc import Iterator
 from types import CodeType, FrameType
@@ -46,9 +47,10 @@ def _reads_so(code: CodeType) -> bool:
     """Whether the source of ``code`` hands rows to attention alone. A source that cannot be read does not."""
     try:
         (function,) = ast.parse(textwrap.dedent(inspect.getsource(code))).body
+        up_to_date = _is_up_to_date(code)
     except (OSError, TypeError, ValueError, SyntaxError):
         return False
-    if not isinstance(function, ast.FunctionDef) or function.name != code.co_name:
+    if not isinstance(function, ast.FunctionDef) or not up_to_date:
         return False
     names_own = {*code.co_varnames, *code.co_cellvars, *code.co_freevars}
     if _ATTENTION in names_own or code.co_cellvars:
@@ -61,6 +63,18 @@ def _reads_so(code: CodeType) -> bool:
     updates = [node for node in nodes if isinstance(node, ast.Attribute) and node.attr == "update_and_fetch"]
     targets = [rows for rows in map(_targets, (n for n in nodes if isinstance(n, ast.Assign))) if rows]
     return len(updates) == len(targets) > 0 and all(_is_handed_on(function.body, rows) for rows in targets)
+
+
+def _is_up_to_date(code: CodeType) -> bool:
+    """Whether the file of ``code`` still compiles to it: it may have changed since it was imported."""
+    text = "".join(linecache.getlines(code.co_filename))
+    pending = [compile(text, code.co_filename, "exec", dont_inherit=True)]
+    while pending:
+        inner = [x for x in pending.pop().co_consts if isinstance(x, CodeType)]
+        if code in inner:
+            return True
+        pending += inner
+    return False
 
 
 _Update = tuple[ast.Assign, set[str]]

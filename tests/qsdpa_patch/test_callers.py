@@ -93,7 +93,7 @@ def _function(body: str, attention: Any) -> Callable[..., mx.array]:
     name = f"<attend {abs(hash(text))}>"
     linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
     names: dict[str, Any] = {"__name__": "made_here", "mx": mx, "scaled_dot_product_attention": attention}
-    exec(compile(text, name, "exec"), names)
+    exec(compile(text, name, "exec", dont_inherit=True), names)
     return names["attend"]  # type: ignore[no-any-return]
 
 
@@ -155,6 +155,15 @@ def test_a_source_that_cannot_be_read() -> None:
     names: dict[str, Any] = {}
     exec("def attend(cache):\n    return sys._getframe()", {"sys": sys}, names)
     assert not callers.only_attends(names["attend"](None))
+
+
+def test_a_source_that_was_changed_since() -> None:
+    with qsdpa_patch.enabled():
+        attend = _function(USED["an operation"], base.scaled_dot_product_attention)
+    text = f"def attend(queries, keys, values, cache, mask=None):{HANDED_ON['as most models do']}"
+    name = attend.__code__.co_filename
+    linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
+    assert not callers._reads_so(attend.__code__)
 
 
 @pytest.mark.parametrize("kernels", ["auto", "ops"])
