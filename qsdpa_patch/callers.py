@@ -28,16 +28,17 @@ _SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef)
 _BRANCHES = (ast.For, ast.AsyncFor, ast.While, ast.Try, ast.TryStar, ast.Match)
 """Statements that are not looked through. A conditional is."""
 
-_known: dict[CodeType, bool] = {}
+_known: dict[int, tuple[CodeType, bool]] = {}
+"""By the identity of the code, which is kept alive: a hash would go through all of its instructions."""
 
 
 def only_attends(caller: FrameType) -> bool:
     """Whether the function that runs in ``caller`` hands a cache's rows only to attention that takes stack members."""
     code = caller.f_code
-    known = _known.get(code)
+    known = _known.get(id(code))
     if known is None:
-        known = _known[code] = _reads_so(code)
-    if not known:
+        known = _known[id(code)] = code, _reads_so(code)
+    if not known[1]:
         return False
     attention = caller.f_globals.get(_ATTENTION)
     return attention is not None and getattr(attention, TAKES_STACK_MEMBERS, None) is attention
