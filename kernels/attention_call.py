@@ -84,13 +84,8 @@ class AttentionCall:
     rope: RopeTerm | None
     signature: Signature
 
-    @property
-    def output_dim(self) -> int:
-        """Logical length of an output row; the rest, up to ``signature.value_dim``, is padding."""
-        return self.values.dim
-
     def finish(self, out: mx.array) -> mx.array:
-        """``[B, Hq, L, output_dim]`` from the output ``[B, Hq, L, Dv]`` of a kernel: no padding, no rotation."""
+        """``[B, Hq, L, values.dim]`` from the output ``[B, Hq, L, Dv]`` of a kernel: no padding, no rotation."""
         dim = self.values.dim
         out = out if dim == self.signature.value_dim else out[..., :dim]
         return rotate(out) if self.values.format.rotated else out

@@ -195,10 +195,9 @@ class PackedStack:
 
     def members(self) -> list[StackMember]:
         """The same tensors for attention alone."""
-        batch, planes, rows, words = self.codes.shape
-        padded = words * 32 // self.format.bits
-        shape = (batch, planes // self.count, rows, self.dim)
-        return [StackMember(self, index, shape, padded, self.scales.dtype) for index in range(self.count)]
+        batch, planes, rows, _ = self.codes.shape
+        shape, padded, scale_dtype = (batch, planes // self.count, rows, self.dim), self.padded_dim, self.scales.dtype
+        return [StackMember(self, index, shape, padded, scale_dtype) for index in range(self.count)]
 
     def parts(self, index: int) -> tuple[mx.array, ...]:
         """Codes, scales and, where the format has them, biases of tensor ``index``, as views."""
@@ -225,7 +224,7 @@ class PackedStack:
 
 
 class StackMember:
-    """A tensor of a :class:`PackedStack` for attention alone: what kernels read of it, at a tenth of the cost.
+    """A tensor of a :class:`PackedStack` for attention alone: what kernels read of it, at a fraction of the cost.
 
     Whatever else is asked of it, a :class:`QuantizedTensor` that is made then answers.
     """

@@ -14,7 +14,6 @@ import linecache
 import textwrap
 from collections.abc import Iterator
 from types import CodeType, FrameType
-from typing import Any
 
 __all__ = ["TAKES_STACK_MEMBERS", "only_attends"]
 
@@ -53,8 +52,7 @@ def _reads_so(code: CodeType) -> bool:
         return False
     if not isinstance(function, ast.FunctionDef) or not up_to_date:
         return False
-    names_own = {*code.co_varnames, *code.co_cellvars, *code.co_freevars}
-    if _ATTENTION in names_own or code.co_cellvars:
+    if code.co_cellvars or _ATTENTION in (*code.co_varnames, *code.co_freevars):
         return False
     nodes = [node for statement in function.body for node in ast.walk(statement)]
     if any(isinstance(node, (*_SCOPES, *_BRANCHES, ast.NamedExpr, ast.Delete)) for node in nodes):
@@ -112,11 +110,14 @@ def _is_handed_on(body: list[ast.stmt], update: _Update) -> bool:
 def _after(body: list[ast.stmt], statement: ast.stmt) -> Iterator[ast.AST]:
     """The nodes of ``body`` that may run after ``statement``, which is somewhere in it."""
     for index, outer in enumerate(body):
-        if not any(node is statement for node in ast.walk(outer)):
+        if not _contains([outer], statement):
             continue
-        for field in ("body", "orelse"):
-            inner: Any = getattr(outer, field, [])
-            if any(node is statement for part in inner for node in ast.walk(part)):
-                yield from _after(inner, statement)
+        for branch in (getattr(outer, "body", []), getattr(outer, "orelse", [])):
+            if _contains(branch, statement):
+                yield from _after(branch, statement)
         for following in body[index + 1 :]:
             yield from ast.walk(following)
+
+
+def _contains(body: list[ast.stmt], statement: ast.stmt) -> bool:
+    return any(node is statement for outer in body for node in ast.walk(outer))

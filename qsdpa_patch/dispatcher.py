@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import mlx.core as mx
@@ -52,16 +53,14 @@ def make_dispatcher(original: Callable[..., mx.array]) -> Callable[..., mx.array
     ) -> mx.array:
         key_type, value_type = type(keys), type(values)
         if key_type is value_type and (key_type is StackMember or key_type is QuantizedTensor):
-            tag = tag_of(cache)
-            caller = _caller(cache, frame(1).f_globals["__name__"]) if tag is None or tag.kind == "list" else tag
-            return _attend(queries, keys, values, caller, scale, mask, sinks)
+            return _attend(queries, keys, values, _caller(cache, frame(1)), scale, mask, sinks)
         if key_type is array and value_type is array:
             module = frame(1).f_globals["__name__"]
             if type(cache) in plain_caches or _is_plain(cache, plain_caches):
                 stock_calls[module] = stock_calls.get(module, 0) + 1
                 return original(queries, keys, values, cache, scale, mask, sinks)
             if hasattr(cache, "key_format") or (hasattr(cache, "caches") and _holds_quantized(cache)):
-                _record_arrays(queries, keys, _caller(cache, module))
+                _record_arrays(queries, keys, _caller(cache, frame(1)))
             else:
                 stock_calls[module] = stock_calls.get(module, 0) + 1
             if hasattr(cache, "bits"):  # plain arrays all the same: the original would take them for quantized ones
@@ -69,7 +68,7 @@ def make_dispatcher(original: Callable[..., mx.array]) -> Callable[..., mx.array
             return original(queries, keys, values, cache, scale, mask, sinks)
         if not isinstance(keys, quantized_types) and not isinstance(values, quantized_types):
             return original(queries, keys, values, cache, scale, mask, sinks)
-        caller = _caller(cache, frame(1).f_globals["__name__"])
+        caller = _caller(cache, frame(1))
         if isinstance(keys, (tuple, list)) and _is_foreign(cache, caller):
             return original(queries, keys, values, cache, scale, mask, sinks)
         keys, values = _as_tensors(queries, keys, values, cache)
@@ -131,12 +130,13 @@ def quantized_scaled_dot_product_attention(
     return router.attend(call, Caller())
 
 
-def _caller(cache: Any, module: str) -> Caller | LayerTag:
+def _caller(cache: Any, frame: FrameType) -> Caller | LayerTag:
+    """Who calls: what ``cache`` was made for, or else the module of the function that runs in ``frame``."""
     tag = tag_of(cache.caches[0] if hasattr(cache, "caches") else cache)  # DeepSeek v3.2 hands over the list
     if tag is not None:
         return tag
     kind = "shared" if cache is None else kind_of(cache)
-    return Caller(module.removeprefix("mlx_lm.models."), kind)
+    return Caller(frame.f_globals["__name__"].removeprefix("mlx_lm.models."), kind)
 
 
 def _holds_quantized(cache: Any) -> bool:

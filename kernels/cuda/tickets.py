@@ -8,7 +8,7 @@ over: MLX has at most some thousand operations of a thread under way (ten graphs
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import mlx.core as mx
 
@@ -23,33 +23,44 @@ _ARRAYS = 4096
 _AT_A_TIME = 128
 
 
-class _Turns(threading.local):
-    """The arrays of a thread, in turn, by the number asked for."""
+class _Turns:
+    """Arrays of ``size`` counters, in turn: new ones for as long as there are fewer than ``_ARRAYS``."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.waiting: list[mx.array] = []  # the next is the last
+        self.taken: list[mx.array] = []
+
+    def next(self) -> mx.array:
+        if not self.waiting:
+            if len(self.taken) < _ARRAYS:
+                self.waiting = self._new()
+            else:
+                self.waiting, self.taken = self.taken[::-1], []
+        array = self.waiting.pop()
+        self.taken.append(array)
+        return array
+
+    def _new(self) -> list[mx.array]:
+        arrays = list(mx.split(mx.zeros((_AT_A_TIME * self.size,), dtype=mx.uint32), _AT_A_TIME))
+        start(*arrays)
+        return arrays
+
+
+class _Thread(threading.local):
+    """A thread's turns, by the size of their arrays."""
 
     def __init__(self) -> None:
-        self.of_count: dict[int, Iterator[mx.array]] = {}
+        self.turns: dict[int, _Turns] = {}
 
 
-_turns = _Turns()
+_thread = _Thread()
 
 
 def take_tickets(count: int) -> mx.array:
     """At least ``count`` counters at zero, that no launch under way has."""
-    turns = _turns.of_count.get(count)
+    size = max(_FEWEST, 1 << (count - 1).bit_length())
+    turns = _thread.turns.get(size)
     if turns is None:
-        size = max(_FEWEST, 1 << (count - 1).bit_length())
-        turns = _turns.of_count.setdefault(size, _in_turn(size))
-        _turns.of_count[count] = turns
-    return next(turns)
-
-
-def _in_turn(size: int) -> Iterator[mx.array]:
-    """Arrays of ``size`` counters: some more for as long as there are fewer than ``_ARRAYS``, then these for ever."""
-    arrays: list[mx.array] = []
-    while len(arrays) < _ARRAYS:
-        more = mx.split(mx.zeros((_AT_A_TIME * size,), dtype=mx.uint32), _AT_A_TIME)
-        start(*more)
-        arrays += more
-        yield from more
-    while True:
-        yield from arrays
+        turns = _thread.turns[size] = _Turns(size)
+    return turns.next()

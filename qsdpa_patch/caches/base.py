@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from types import FrameType
 from typing import Any, ClassVar, TypeVar
 
@@ -39,7 +40,7 @@ def saved(cls: C) -> C:
     return cls
 
 
-class QuantizedCache(_BaseCache):  # type: ignore[misc] # mlx-lm has no annotations
+class QuantizedCache(_BaseCache, ABC):  # type: ignore[misc] # mlx-lm has no annotations
     """Keys and values of one layer, stored in formats of their own.
 
     ``rows`` are ``None`` until the first update, then the buffers ``[B, planes, capacity, width]`` of both, as the
@@ -166,9 +167,9 @@ class QuantizedCache(_BaseCache):  # type: ignore[misc] # mlx-lm has no annotati
         """The rows kept, as attention gets them: a :class:`QuantizedTensor`, or plain where the format is ``None``."""
         return self._decode(self._kept())
 
+    @abstractmethod
     def _kept(self) -> Rows:
         """The stored rows that attention gets."""
-        raise NotImplementedError
 
     def _hand_over(self, caller: FrameType) -> tuple[Any, Any]:
         """:meth:`keys_and_values` for the function that runs in ``caller``; no arrays, where it has no use for them."""

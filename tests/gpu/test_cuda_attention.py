@@ -460,7 +460,7 @@ def test_no_block_waits_for_ever_for_the_others(monkeypatch: pytest.MonkeyPatch)
 
 def test_counters_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tickets, "_ARRAYS", 256)
-    monkeypatch.setattr(tickets, "_turns", tickets._Turns())
+    monkeypatch.setattr(tickets, "_thread", tickets._Thread())
     call = build(Case(seed=15, group=4, count=5000, capacity=5000, key_dim=128, value_dim=128, dtype=mx.float16))
     taken, reason = backend.has_fused_kernel(call.signature)
     assert taken, reason

@@ -14,7 +14,7 @@ from tests.threads import run_in_threads
 def few_arrays(monkeypatch: pytest.MonkeyPatch) -> None:
     """Turns of 256 arrays, none of which was handed out before."""
     monkeypatch.setattr(tickets, "_ARRAYS", 256)
-    monkeypatch.setattr(tickets, "_turns", tickets._Turns())
+    monkeypatch.setattr(tickets, "_thread", tickets._Thread())
 
 
 @pytest.mark.parametrize("count", [1, 32, 256, 257, 5000])
