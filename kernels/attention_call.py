@@ -6,7 +6,7 @@ Everything behind this module (plans, kernels, the reference) may rely on what :
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import mlx.core as mx
 
@@ -34,6 +34,8 @@ class RopeTerm:
 
 class Signature(NamedTuple):
     """What a kernel may be specialized on: all that is static about a call, without the number of keys.
+
+    The calls of :func:`check_call` that have equal signatures have the very same, so that it can be known by identity.
 
     key_dim and value_dim are stored row lengths, multiples of 32.
     dtype and scale dtypes are :class:`mlx.core.Dtype`; a scale dtype is uint8 for floating-point formats.
@@ -119,29 +121,72 @@ def check_call(
         TypeError: an argument of a type or dtype that is not taken.
         ValueError: shapes that do not go together. The message names the argument, what was given and what is taken.
     """
-    batch, query_heads, length, key_dim = shape = _check_queries(queries)
-    kv_heads, count = _check_keys_values(shape, keys, values)
-    mask_kind = "none"
+    kinds = _kind_of_mask(mask), sinks is not None, 0 if rope is None else rope.queries.shape[-1]
+    signature = _seen(queries, keys, values, kinds) or _describe(queries, keys, values, kinds)
     if mask is not None:
-        mask, mask_kind = _check_mask(mask, (batch, query_heads, length, count))
-        if mask_kind == "causal" and length == 1:
-            mask, mask_kind = None, "none"
+        mask = _check_mask(mask, signature, keys.shape[2])
     if sinks is not None:
-        _check_sinks(sinks, query_heads)
+        _check_sinks(sinks, signature.query_heads)
     if rope is not None:
-        _check_rope(rope, queries, count)
+        _check_rope(rope, signature, keys.shape[2])
     if keys.format.rotated:
         queries = rotate(queries)
-    padding = keys.padded_dim - key_dim
+    padding = signature.key_dim - keys.dim
     if padding:
         queries = mx.pad(queries, [(0, 0), (0, 0), (0, 0), (0, padding)])
-    signature = Signature(
-        batch, query_heads, kv_heads, length, key_dim + padding, values.padded_dim, queries.dtype,
-        keys.format.packing, values.format.packing, keys.scale_dtype, values.scale_dtype, mask_kind,
-        sinks is not None, 0 if rope is None else rope.queries.shape[-1], values is keys,
-    )  # fmt: skip
     # A stack member answers for the tensor that it stands for.
     return AttentionCall(queries, keys, values, float(scale), mask, sinks, rope, signature)  # type: ignore[arg-type]
+
+
+_Kinds = tuple[str, bool, int]
+"""Of a call: the kind of its mask, whether it has sinks, and the length of its rope term's rows."""
+_signatures: dict[Signature, Signature] = {}
+"""Each signature that calls have had, once."""
+_MOST_SEEN = 64
+"""Kinds of calls that are remembered for a cache."""
+
+
+def _seen(
+    queries: mx.array, keys: QuantizedTensor | StackMember, values: QuantizedTensor | StackMember, kinds: _Kinds
+) -> Signature | None:
+    """The signature of a call like an earlier one over the same cache: its queries, keys and values need no check.
+
+    There is none but for keys and values of one stack.
+    """
+    stack: PackedStack | None = getattr(keys, "stack", None)
+    of_values: PackedStack | None = getattr(values, "stack", None)
+    if stack is None or stack is not of_values or type(queries) is not mx.array:
+        return None
+    return cast("Signature | None", stack.signatures.get(_kind_of_call(queries, keys, values, kinds)))
+
+
+def _kind_of_call(
+    queries: mx.array, keys: QuantizedTensor | StackMember, values: QuantizedTensor | StackMember, kinds: _Kinds
+) -> tuple[object, ...]:
+    """What of a call's signature is not the same for all stacks of a cache."""
+    batch, kv_heads, _, _ = keys.shape
+    return queries.shape, queries.dtype, batch, kv_heads, values is keys, kinds
+
+
+def _describe(
+    queries: mx.array, keys: QuantizedTensor | StackMember, values: QuantizedTensor | StackMember, kinds: _Kinds
+) -> Signature:
+    """The signature of a call with these queries, keys and values, which are checked."""
+    batch, query_heads, length, _ = shape = _check_queries(queries)
+    kv_heads = _check_keys_values(shape, keys, values)
+    mask_kind, has_sinks, rope_dim = kinds
+    signature = Signature(
+        batch, query_heads, kv_heads, length, keys.padded_dim, values.padded_dim, queries.dtype,
+        keys.format.packing, values.format.packing, keys.scale_dtype, values.scale_dtype,
+        "none" if mask_kind == "causal" and length == 1 else mask_kind, has_sinks, rope_dim, values is keys,
+    )  # fmt: skip
+    signature = _signatures.setdefault(signature, signature)
+    stack: PackedStack | None = keys.stack
+    if stack is not None and values.stack is stack:
+        if len(stack.signatures) >= _MOST_SEEN:
+            stack.signatures.clear()
+        stack.signatures[_kind_of_call(queries, keys, values, kinds)] = signature
+    return signature
 
 
 def _check_queries(queries: mx.array) -> tuple[int, int, int, int]:
@@ -156,8 +201,8 @@ def _check_queries(queries: mx.array) -> tuple[int, int, int, int]:
 
 def _check_keys_values(
     queries: tuple[int, ...], keys: QuantizedTensor | StackMember, values: QuantizedTensor | StackMember
-) -> tuple[int, int]:
-    """``queries`` is their shape."""
+) -> int:
+    """The number of key heads. ``queries`` is their shape."""
     if type(keys) not in _TENSORS or type(values) not in _TENSORS:
         name, given = ("values", values) if type(keys) in _TENSORS else ("keys", keys)
         raise TypeError(f"{name} are {type(given).__name__}: give a QuantizedTensor (see quantize)")
@@ -175,26 +220,38 @@ def _check_keys_values(
         raise ValueError(
             f"values have shape {value_shape}: keys {key_shape} take [{batch}, {kv_heads}, {count}, value_dim]"
         )
-    return kv_heads, count
+    return kv_heads
 
 
-def _check_mask(mask: mx.array | str, full: tuple[int, int, int, int]) -> tuple[mx.array | str, str]:
-    """The mask with 4 dimensions, and its kind."""
+def _kind_of_mask(mask: mx.array | str | None) -> str:
+    """As a :class:`Signature` names it."""
+    if mask is None:
+        return "none"
     if isinstance(mask, str):
         if mask != "causal":
             raise ValueError(f"mask={mask!r}: the only mask with a name is 'causal'")
-        if full[2] > full[3]:
-            raise ValueError(f"mask='causal' with {full[2]} queries takes as many keys or more; there are {full[3]}")
-        return mask, "causal"
+        return mask
     if not isinstance(mask, mx.array):
         raise TypeError(f"mask is {type(mask).__name__}: give None, 'causal' or an array")
-    if mask.dtype != mx.bool_ and mask.dtype not in _FLOATS:
+    if mask.dtype == mx.bool_:
+        return "bool"
+    if mask.dtype not in _FLOATS:
         raise TypeError(f"mask is {mask.dtype}: give a boolean mask or one of float16, bfloat16 or float32")
+    return "additive"
+
+
+def _check_mask(mask: mx.array | str, signature: Signature, count: int) -> mx.array | str | None:
+    """The mask of a call over ``count`` keys, with 4 dimensions; ``None`` where it excludes nothing."""
+    full = (signature.batch, signature.query_heads, signature.query_length, count)
+    if isinstance(mask, str):
+        if full[2] > full[3]:
+            raise ValueError(f"mask='causal' with {full[2]} queries takes as many keys or more; there are {full[3]}")
+        return None if signature.mask == "none" else mask
     shape = tuple(mask.shape)
     padded = (1,) * (4 - len(shape)) + shape
     if len(shape) > 4 or any(m not in (1, f) for m, f in zip(padded, full, strict=True)):
         raise ValueError(f"mask has shape {shape}: it must broadcast to {full} (batch, query heads, queries, keys)")
-    return mask if len(shape) == 4 else mask.reshape(padded), "bool" if mask.dtype == mx.bool_ else "additive"
+    return mask if len(shape) == 4 else mask.reshape(padded)
 
 
 def _check_sinks(sinks: mx.array, query_heads: int) -> None:
@@ -205,8 +262,8 @@ def _check_sinks(sinks: mx.array, query_heads: int) -> None:
         raise ValueError(f"sinks have shape {tuple(sinks.shape)}: give one for each query head, ({query_heads},)")
 
 
-def _check_rope(rope: RopeTerm, queries: mx.array, count: int) -> None:
-    batch, heads, length, _ = queries.shape
+def _check_rope(rope: RopeTerm, signature: Signature, count: int) -> None:
+    batch, heads, length = signature.batch, signature.query_heads, signature.query_length
     if tuple(rope.queries.shape[:3]) != (batch, heads, length):
         raise ValueError(
             f"rope queries have shape {tuple(rope.queries.shape)}: give [{batch}, {heads}, {length}, rope_dim]"

@@ -158,14 +158,24 @@ class PackedStack:
             groups]``, all scales before all biases. Dtypes as for :class:`QuantizedTensor`.
         count: how many tensors there are.
         format, dim, dtype: of each tensor.
+        signatures: what calls over a cache's stacks, this one and those of other steps, were found to be (see
+            :func:`~qsdpa_patch.kernels.attention_call.check_call`).
 
     Nothing is checked here, since a cache makes one at each step: see :meth:`check`.
     """
 
-    __slots__ = ("codes", "count", "dim", "dtype", "format", "scales")
+    __slots__ = ("codes", "count", "dim", "dtype", "format", "scales", "signatures")
 
     def __init__(
-        self, codes: mx.array, scales: mx.array, count: int, format: Format, *, dim: int, dtype: mx.Dtype
+        self,
+        codes: mx.array,
+        scales: mx.array,
+        count: int,
+        format: Format,
+        *,
+        dim: int,
+        dtype: mx.Dtype,
+        signatures: dict[Any, Any] | None = None,
     ) -> None:
         self.codes = codes
         self.scales = scales
@@ -173,6 +183,7 @@ class PackedStack:
         self.format = format
         self.dim = dim
         self.dtype = dtype
+        self.signatures = {} if signatures is None else signatures
 
     @property
     def padded_dim(self) -> int:
@@ -196,8 +207,8 @@ class PackedStack:
     def members(self) -> list[StackMember]:
         """The same tensors for attention alone."""
         batch, planes, rows, _ = self.codes.shape
-        shape, padded, scale_dtype = (batch, planes // self.count, rows, self.dim), self.padded_dim, self.scales.dtype
-        return [StackMember(self, index, shape, padded, scale_dtype) for index in range(self.count)]
+        shape = (batch, planes // self.count, rows, self.dim)
+        return [StackMember(self, index, shape) for index in range(self.count)]
 
     def parts(self, index: int) -> tuple[mx.array, ...]:
         """Codes, scales and, where the format has them, biases of tensor ``index``, as views."""
@@ -229,20 +240,34 @@ class StackMember:
     Whatever else is asked of it, a :class:`QuantizedTensor` that is made then answers.
     """
 
-    __slots__ = ("_tensor", "dim", "dtype", "format", "index", "padded_dim", "scale_dtype", "shape", "stack")
+    __slots__ = ("_tensor", "index", "shape", "stack")
 
-    def __init__(
-        self, stack: PackedStack, index: int, shape: tuple[int, ...], padded_dim: int, scale_dtype: mx.Dtype
-    ) -> None:
+    def __init__(self, stack: PackedStack, index: int, shape: tuple[int, ...]) -> None:
         self.stack = stack
         self.index = index
         self.shape = shape
-        self.padded_dim = padded_dim
-        self.scale_dtype = scale_dtype
-        self.format = stack.format
-        self.dim = stack.dim
-        self.dtype = stack.dtype
         self._tensor: QuantizedTensor | None = None
+
+    @property
+    def format(self) -> Format:
+        return self.stack.format
+
+    @property
+    def dim(self) -> int:
+        return self.stack.dim
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        return self.stack.dtype
+
+    @property
+    def padded_dim(self) -> int:
+        """Stored row length: ``dim`` rounded up to a multiple of 32."""
+        return self.stack.padded_dim
+
+    @property
+    def scale_dtype(self) -> mx.Dtype:
+        return self.stack.scales.dtype
 
     @property
     def tensor(self) -> QuantizedTensor:

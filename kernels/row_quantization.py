@@ -11,7 +11,7 @@ import importlib
 import logging
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache, partial
-from typing import cast
+from typing import Any, cast
 
 import mlx.core as mx
 
@@ -21,7 +21,7 @@ from qsdpa_patch.kernels.quantized_tensor import quantize_parts, stack_parts
 from qsdpa_patch.kernels.rotation import rotate
 from qsdpa_patch.kernels.row_kernel import PACK, RowKernel, Rows, can_rotate
 
-__all__ = ["has_row_kernel", "quantize_rows", "quantize_rows_in_ops"]
+__all__ = ["has_row_kernel", "quantize_rows", "quantize_rows_in_ops", "row_quantizer"]
 
 _log = logging.getLogger("qsdpa_patch")
 _DTYPES = (mx.float16, mx.bfloat16, mx.float32)
@@ -30,10 +30,10 @@ _FEW = 16
 _THREADS = 128
 """Threads of a threadgroup."""
 
-_Quantize = Callable[[Sequence[mx.array]], tuple[mx.array, mx.array]]
+_Quantize = Callable[[list[mx.array]], list[mx.array]]
 
 
-def quantize_rows(sides: Sequence[mx.array], format: Format) -> tuple[mx.array, mx.array]:
+def quantize_rows(sides: list[mx.array], format: Format) -> list[mx.array]:
     """Quantize the rows of one array, or of two (keys and values), to the bits that ``mx.quantize`` gives.
 
     On a GPU by one kernel, where it takes the rows (:func:`has_row_kernel`), else in MLX's own operations.
@@ -52,14 +52,23 @@ def quantize_rows(sides: Sequence[mx.array], format: Format) -> tuple[mx.array, 
     Raises:
         TypeError, ValueError: when the sides do not fit each other or ``format``.
     """
-    return _plan(format, _on_gpu(), *[x.dtype for x in sides], *[x.shape for x in sides])(sides)
+    return row_quantizer(sides, format)(sides)
+
+
+def row_quantizer(sides: Sequence[mx.array], format: Format) -> _Quantize:
+    """:func:`quantize_rows` for ``format`` and sides of these shapes and dtypes, on the device that is the default now.
+
+    Raises:
+        TypeError, ValueError: as that does.
+    """
+    return _plan(format, _on_gpu(), *[x.dtype for x in sides], *[x.shape for x in sides])
 
 
 def _on_gpu() -> bool:
     return mx.default_device() == mx.gpu
 
 
-def quantize_rows_in_ops(sides: Sequence[mx.array], format: Format) -> tuple[mx.array, mx.array]:
+def quantize_rows_in_ops(sides: Sequence[mx.array], format: Format) -> list[mx.array]:
     """:func:`quantize_rows` in MLX's own operations."""
     if len(sides) > 1 and sides[0].shape[2] > _FEW and all(x.size for x in sides):  # no copy of all the rows
         parts = [quantize_parts(x, format) for x in sides]
@@ -68,16 +77,15 @@ def quantize_rows_in_ops(sides: Sequence[mx.array], format: Format) -> tuple[mx.
         if x.size == 0:  # which mx.quantize takes in some formats only
             return _no_rows(x, format)
         parts = [quantize_parts(x, format)]
-    codes, scales = stack_parts(parts)
-    return codes, scales
+    return stack_parts(parts)
 
 
-def _no_rows(x: mx.array, format: Format) -> tuple[mx.array, mx.array]:
+def _no_rows(x: mx.array, format: Format) -> list[mx.array]:
     batch, heads, count, dim = x.shape
     padded = format.fit(dim)[1]
     codes = mx.zeros((batch, heads, count, format.words(padded)), mx.uint32)
     planes = heads * (2 if format.has_biases else 1)
-    return codes, mx.zeros((batch, planes, count, format.groups(padded)), x.dtype if format.is_affine else mx.uint8)
+    return [codes, mx.zeros((batch, planes, count, format.groups(padded)), x.dtype if format.is_affine else mx.uint8)]
 
 
 @lru_cache(maxsize=1024)
@@ -93,7 +101,7 @@ def _plan(format: Format, on_gpu: bool, *described: mx.Dtype | tuple[int, ...]) 
         rows = Rows(packed, dtypes[0], dim, len(shapes))
         threads = batch * heads * count * (rows.padded // PACK)
         if 0 < threads < 1 << 31 and has_row_kernel(backend, rows)[0]:
-            quantize = partial(_launch, _prepared(_kernel(backend, rows), rows, batch, heads, count))
+            quantize = _prepared(_kernel(backend, rows), rows, batch, heads, count)
             return quantize if packed == format else partial(_rotated, quantize)
     return partial(quantize_rows_in_ops, format=format)
 
@@ -143,7 +151,7 @@ def _problem(backend: str, rows: Rows) -> str:
     try:
         sides = _sample(rows)
         batch, heads, count, _ = sides[0].shape
-        actual = _launch(_prepared(_kernel(backend, rows), rows, batch, heads * len(sides), count), sides)
+        actual = _prepared(_kernel(backend, rows), rows, batch, heads * len(sides), count)(sides)
         wrong = _bytes_apart(actual, quantize_rows_in_ops(sides, rows.format))
     except (RuntimeError, ValueError) as error:
         return f"the kernel that quantizes rows failed on this device: {error}"
@@ -171,24 +179,19 @@ def _kernel(backend: str, rows: Rows) -> RowKernel:
     return cast(RowKernel, module.row_kernel(rows))
 
 
-def _prepared(kernel: RowKernel, rows: Rows, batch: int, heads: int, count: int) -> RowKernel:
-    """``kernel`` with all its arguments but the inputs."""
+def _prepared(kernel: RowKernel, rows: Rows, batch: int, heads: int, count: int) -> _Quantize:
+    """``kernel`` for inputs of these sizes."""
     format, padded = rows.format, rows.padded
     threads = batch * heads * count * (padded // PACK)
     planes = heads * (2 if format.has_biases else 1)
-    return partial(
-        kernel,
-        grid=(-(-threads // 32) * 32, 1, 1),  # whole warps: all threads of one take part in its exchanges
-        threadgroup=(_THREADS, 1, 1),
-        output_shapes=[(batch, heads, count, format.words(padded)), (batch, planes, count, format.groups(padded))],
-        output_dtypes=[mx.uint32, rows.dtype if format.is_affine else mx.uint8],
-    )
+    launch: dict[str, Any] = {
+        "grid": (-(-threads // 32) * 32, 1, 1),  # whole warps: all threads of one take part in its exchanges
+        "threadgroup": (_THREADS, 1, 1),
+        "output_shapes": [(batch, heads, count, format.words(padded)), (batch, planes, count, format.groups(padded))],
+        "output_dtypes": [mx.uint32, rows.dtype if format.is_affine else mx.uint8],
+    }
+    return lambda sides: kernel(inputs=sides, **launch)
 
 
-def _launch(kernel: RowKernel, sides: Sequence[mx.array]) -> tuple[mx.array, mx.array]:
-    codes, scales = kernel(inputs=list(sides))
-    return codes, scales
-
-
-def _rotated(quantize: _Quantize, sides: Sequence[mx.array]) -> tuple[mx.array, mx.array]:
+def _rotated(quantize: _Quantize, sides: list[mx.array]) -> list[mx.array]:
     return quantize([rotate(x) for x in sides])

@@ -15,6 +15,8 @@ import textwrap
 from collections.abc import Iterator
 from types import CodeType, FrameType
 
+from qsdpa_patch.kernels.identity import cached_by_identity
+
 __all__ = ["TAKES_STACK_MEMBERS", "only_attends"]
 
 TAKES_STACK_MEMBERS = "_qsdpa_takes_stack_members"
@@ -27,22 +29,16 @@ _SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef)
 _BRANCHES = (ast.For, ast.AsyncFor, ast.While, ast.Try, ast.TryStar, ast.Match)
 """Statements that are not looked through. A conditional is."""
 
-_known: dict[int, tuple[CodeType, bool]] = {}
-"""By the identity of the code, which is kept alive: a hash would go through all of its instructions."""
-
 
 def only_attends(caller: FrameType) -> bool:
     """Whether the function that runs in ``caller`` hands a cache's rows only to attention that takes stack members."""
-    code = caller.f_code
-    known = _known.get(id(code))
-    if known is None:
-        known = _known[id(code)] = code, _reads_so(code)
-    if not known[1]:
+    if not _reads_so(caller.f_code):
         return False
     attention = caller.f_globals.get(_ATTENTION)
     return attention is not None and getattr(attention, TAKES_STACK_MEMBERS, None) is attention
 
 
+@cached_by_identity
 def _reads_so(code: CodeType) -> bool:
     """Whether the source of ``code`` hands rows to attention alone. A source that cannot be read does not."""
     try:

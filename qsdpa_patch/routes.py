@@ -34,12 +34,17 @@ class Caller:
     kind: str = "any"
 
 
+_Decision = tuple[bool, str, Signature]
+"""Whether a fused kernel takes calls of a signature, and if not, why. It keeps the signature alive, by whose identity
+it is known: a hash would go through all of its fields."""
+
+
 @dataclass
 class Router:
     """Chooses routes under ``settings``, and remembers which fused kernels failed."""
 
     settings: Settings = DEFAULT_SETTINGS
-    _decisions: dict[tuple[Signature, str], tuple[bool, str]] = field(default_factory=dict)
+    _decisions: dict[tuple[int, str], _Decision] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def update(self, settings: Settings) -> None:
@@ -49,7 +54,7 @@ class Router:
     def attend(self, call: AttentionCall, caller: Caller | LayerTag) -> mx.array:
         """Attention ``[B, Hq, L, Dv]`` of ``call``, by the first route that takes it."""
         name = self._backend_name()
-        fused, reason = self._decision(call.signature, name)
+        fused, reason, _ = self._decision(call.signature, name)
         if fused:
             out, reason = self._try_fused(call, name)
             if out is not None:
@@ -61,20 +66,22 @@ class Router:
 
     def has_fused_kernel(self, signature: Signature) -> tuple[bool, str]:
         """Whether the chosen backend takes calls of ``signature``, and if not, why."""
-        return self._decision(signature, self._backend_name())
+        return self._decision(signature, self._backend_name())[:2]
 
     def _backend_name(self) -> str:
         kernels = self.settings.kernels
         return default_backend_name() if kernels == "auto" else kernels
 
-    def _decision(self, signature: Signature, name: str) -> tuple[bool, str]:
+    def _decision(self, signature: Signature, name: str) -> _Decision:
         if name == "ops":
-            return False, "kernels='ops' turns fused kernels off"
-        decision = self._decisions.get((signature, name))
-        if decision is None:
-            decision = _ask_backend(name, signature)
-            with self._lock:
-                self._decisions[signature, name] = decision
+            return False, "kernels='ops' turns fused kernels off", signature
+        decision = self._decisions.get((id(signature), name))
+        return decision or self._decide(signature, name, *_ask_backend(name, signature))
+
+    def _decide(self, signature: Signature, name: str, fused: bool, reason: str) -> _Decision:
+        decision = fused, reason, signature
+        with self._lock:
+            self._decisions[id(signature), name] = decision
         return decision
 
     def route(self, call: AttentionCall) -> tuple[str, str]:
@@ -91,8 +98,7 @@ class Router:
         except Exception as error:  # whatever a kernel does, generation goes on
             reason = f"the {name} kernel failed: {error}"
             logger.warning("%s\nThis configuration goes to plain ops from now on: %s", reason, call.signature)
-            with self._lock:
-                self._decisions[call.signature, name] = (False, reason)
+            self._decide(call.signature, name, False, reason)
             return None, reason
 
     def _fallback(self, call: AttentionCall, reason: str) -> tuple[str, Callable[[AttentionCall, int], mx.array]]:
@@ -116,6 +122,7 @@ def _ask_backend(name: str, signature: Signature) -> tuple[bool, str]:
 
 
 def _record(caller: Caller | LayerTag, route: str, reason: str, call: AttentionCall) -> None:
+    """Count ``call``."""
     if not recorder.count(caller.model_type, caller.kind, route, reason):
         recorder.record(caller.model_type, caller.kind, route, reason, _describe(call))
 

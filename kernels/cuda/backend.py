@@ -22,6 +22,7 @@ from qsdpa_patch.kernels.cuda.prefill_plan import CHECKED_LENGTH, prefill_plan
 from qsdpa_patch.kernels.cuda.self_check import failure
 from qsdpa_patch.kernels.cuda.wide_plan import wide_plan
 from qsdpa_patch.kernels.dequantized_sdpa import has_fused_sdpa
+from qsdpa_patch.kernels.identity import cached_by_identity
 
 __all__ = ["attend", "has_fused_kernel", "is_available"]
 
@@ -64,7 +65,7 @@ def attend(call: AttentionCall) -> mx.array:
     rope = call.rope
     if rope is not None and not rope.queries.dtype == rope.keys.dtype == call.signature.dtype:
         raise Declined(f"rope term of {rope.queries.dtype} and {rope.keys.dtype} with {call.signature.dtype} queries")
-    kernel = _kernel(call.signature)
+    kernel = _kernel_of_calls(call.signature)
     if isinstance(kernel, str):
         raise Declined(kernel)
     return kernel(call)
@@ -91,6 +92,9 @@ def _kernel(signature: Signature) -> DecodeKernel | DecodeByLength | MlaKernel |
     except Unsupported:
         pass  # the general kernel may
     return _decode_kernel(signature, limits)
+
+
+_kernel_of_calls = cached_by_identity(_kernel)
 
 
 def _decode_kernel(signature: Signature, limits: DeviceLimits) -> DecodeKernel | DecodeByLength | str:

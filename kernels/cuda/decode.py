@@ -20,7 +20,7 @@ from qsdpa_patch.kernels.cuda.source import (
     decode_inputs,
     prologue,
 )
-from qsdpa_patch.kernels.cuda.tickets import take_tickets
+from qsdpa_patch.kernels.cuda.tickets import take_tickets, ticket_size
 from qsdpa_patch.kernels.cuda.wide_plan import WidePlan
 
 __all__ = ["DecodeByLength", "DecodeKernel", "decode_kernel"]
@@ -46,9 +46,10 @@ class DecodeKernel:
         sig = plan.signature
         self._row_tiles = sig.kv_heads * plan.row_tiles
         self._tiles = sig.batch * self._row_tiles
-        self._dtypes = [sig.dtype, mx.float32]
+        self._ticket_size = ticket_size(self._tiles)
         self._variants: dict[tuple[mx.Dtype | None, mx.Dtype | None, bool], CustomKernel] = {}
         self._launches: dict[int, dict[str, object]] = {}
+        self._latest: tuple[int, dict[str, object]] = (-1, {})
 
     def __call__(self, call: AttentionCall) -> mx.array:
         """Attention ``[B, Hq, L, Dv]`` of ``call``, lazy."""
@@ -66,9 +67,16 @@ class DecodeKernel:
             inputs.append(call.sinks)
         if call.rope is not None:
             inputs += (call.rope.queries, call.rope.keys)
-        inputs += (device_scale(call.scale), take_tickets(self._tiles))
+        inputs += (device_scale(call.scale), take_tickets(self._ticket_size))
         kernel = self._variant(mask, call.sinks, stack is not None)
-        return kernel(inputs=inputs, output_dtypes=self._dtypes, **self._launch(self.plan.splits(call.key_count)))[0]
+        return kernel(inputs=inputs, **self._launch_over(call.key_count))[0]
+
+    def _launch_over(self, count: int) -> dict[str, object]:
+        """Arguments of a launch over ``count`` keys, which are mostly those of the layer before."""
+        latest = self._latest
+        if latest[0] != count:
+            latest = self._latest = (count, self._launch(self.plan.splits(count)))
+        return latest[1]
 
     def _launch(self, splits: int) -> dict[str, object]:
         """Arguments of a launch that depend on the number of splits alone."""
@@ -79,6 +87,7 @@ class DecodeKernel:
             launch = self._launches[splits] = {
                 "grid": (plan.threads * splits, self._row_tiles, sig.batch),
                 "threadgroup": (plan.threads, 1, 1),
+                "output_dtypes": [sig.dtype, mx.float32],
                 "output_shapes": [
                     (sig.batch, sig.query_heads, sig.query_length, sig.value_dim),
                     (max(1, partial_rows * (sig.value_dim + 2)),),

@@ -68,12 +68,12 @@ DECODE_OUTPUTS = ["out", "partials"]
 def headers(names: tuple[str, ...]) -> str:
     """The headers ``names``, in an order in which none needs a later one, as text to compile.
 
-    MLX copies and hashes the whole text of a kernel at every call, so they are included by path where they are files,
-    and pasted only where they are not (a package in an archive).
+    MLX copies and hashes the whole text of a kernel at every call, so the last one, which includes the others, is
+    included by path where they are files. They are pasted only where they are not (a package in an archive).
     """
     folder = files("qsdpa_patch").joinpath("kernels", "cuda")
     if isinstance(folder, Path):
-        return "".join(f'#include "{folder / name}"\n' for name in names)
+        return f'#include "{folder / names[-1]}"\n'
     pasted = "\n".join(folder.joinpath(name).read_text() for name in names)
     skipped = ('#include "', "#pragma once")
     return "\n".join(line for line in pasted.splitlines() if not line.startswith(skipped))

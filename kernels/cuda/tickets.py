@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
-__all__ = ["start", "take_tickets"]
+__all__ = ["start", "take_tickets", "ticket_size"]
 
 start: Callable[..., None] = mx.async_eval
 """Evaluate arrays without waiting for them."""
@@ -57,9 +57,13 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
-def take_tickets(count: int) -> mx.array:
-    """At least ``count`` counters at zero, that no launch under way has."""
-    size = max(_FEWEST, 1 << (count - 1).bit_length())
+def ticket_size(count: int) -> int:
+    """Counters of the arrays that hold at least ``count``."""
+    return max(_FEWEST, 1 << (count - 1).bit_length())
+
+
+def take_tickets(size: int) -> mx.array:
+    """``size`` (of :func:`ticket_size`) counters at zero, that no launch under way has."""
     turns = _thread.turns.get(size)
     if turns is None:
         turns = _thread.turns[size] = _Turns(size)

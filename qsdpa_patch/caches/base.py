@@ -174,7 +174,7 @@ class QuantizedCache(_BaseCache, ABC):  # type: ignore[misc] # mlx-lm has no ann
     def _hand_over(self, caller: FrameType) -> tuple[Any, Any]:
         """:meth:`keys_and_values` for the function that runs in ``caller``; no arrays, where it has no use for them."""
         assert self._layout is not None
-        if self._layout.shared and only_attends(caller):
+        if self._layout.quantized and only_attends(caller):
             return self._layout.members(self._kept())
         return self.keys_and_values()
 

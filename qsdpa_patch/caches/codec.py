@@ -5,8 +5,8 @@ A codec is fitted once, to the first rows that a cache sees, and never changes: 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
@@ -14,9 +14,12 @@ import mlx.core as mx
 from qsdpa_patch.caches.packed_rows import Rows
 from qsdpa_patch.kernels.format import Format
 from qsdpa_patch.kernels.quantized_tensor import PackedStack
-from qsdpa_patch.kernels.row_quantization import quantize_rows
+from qsdpa_patch.kernels.row_quantization import quantize_rows, row_quantizer
 
-__all__ = ["Codec", "PlainCodec", "QuantizingCodec", "as_format", "fit_codec"]
+__all__ = ["Codec", "Encoder", "PlainCodec", "QuantizingCodec", "as_format", "fit_codec"]
+
+Encoder = Callable[[list[mx.array]], Rows]
+"""From new rows of one side or more to how they are stored."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,10 @@ class PlainCodec:
 
     def encode(self, sides: Sequence[mx.array]) -> Rows:
         return [x[:] for x in sides]  # array objects of our own: writing changes the object
+
+    def encoder(self, sides: list[mx.array]) -> Encoder:
+        """:meth:`encode` for sides of these shapes and dtypes."""
+        return self.encode
 
     def decode(self, rows: Rows, sides: int) -> Sequence[mx.array]:
         return rows
@@ -56,19 +63,25 @@ class QuantizingCodec:
     format: Format
     dim: int
     dtype: mx.Dtype
+    _signatures: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     buffers = 2
 
     def encode(self, sides: Sequence[mx.array]) -> Rows:
-        sides = [x if x.dtype == self.dtype else x.astype(self.dtype) for x in sides]
-        return list(quantize_rows(sides, self.format))
+        return quantize_rows([x if x.dtype == self.dtype else x.astype(self.dtype) for x in sides], self.format)
+
+    def encoder(self, sides: list[mx.array]) -> Encoder:
+        """:meth:`encode` for sides of these shapes and dtypes, on the device that is the default now."""
+        return row_quantizer(sides, self.format) if all(x.dtype == self.dtype for x in sides) else self.encode
 
     def decode(self, rows: Rows, sides: int) -> Sequence[mx.array]:
         return self.stack(rows, sides).tensors()
 
     def stack(self, rows: Rows, sides: int) -> PackedStack:
         """Stored rows of that many sides."""
-        return PackedStack(rows[0], rows[1], sides, self.format, dim=self.dim, dtype=self.dtype)
+        return PackedStack(
+            rows[0], rows[1], sides, self.format, dim=self.dim, dtype=self.dtype, signatures=self._signatures
+        )
 
     def check(self, rows: Rows, sides: int) -> None:
         """Raise ValueError unless ``rows`` are such rows."""

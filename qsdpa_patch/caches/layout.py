@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import mlx.core as mx
 
-from qsdpa_patch.caches.codec import Codec, QuantizingCodec
+from qsdpa_patch.caches.codec import Codec, Encoder, QuantizingCodec
 from qsdpa_patch.caches.packed_rows import Rows
 from qsdpa_patch.kernels.quantized_tensor import StackMember
 
 __all__ = ["Layout"]
+
+_MOST_ENCODERS = 16
+"""Kinds of new rows that a layout remembers how to encode."""
 
 
 @dataclass(frozen=True)
@@ -24,11 +28,17 @@ class Layout:
 
     keys: Codec
     values: Codec
+    _encoders: dict[tuple[object, ...], Encoder] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @cached_property
+    def quantized(self) -> bool:
+        """Whether both keys and values are quantized."""
+        return isinstance(self.keys, QuantizingCodec) and isinstance(self.values, QuantizingCodec)
 
     @cached_property
     def shared(self) -> bool:
         """Whether keys and values are in the same buffers."""
-        return self.keys == self.values and isinstance(self.keys, QuantizingCodec)
+        return self.quantized and self.keys == self.values
 
     def encode(self, keys: mx.array, values: mx.array) -> Rows:
         """New rows ``keys [B, H, S, D]`` and ``values [B, H, S, Dv]`` as they are stored.
@@ -36,6 +46,16 @@ class Layout:
         Raises:
             ValueError: rows of another shape.
         """
+        kind = keys.shape, values.shape, keys.dtype, values.dtype, mx.default_device() == mx.gpu
+        encoder = self._encoders.get(kind)
+        if encoder is None:
+            if len(self._encoders) >= _MOST_ENCODERS:
+                self._encoders.clear()
+            encoder = self._encoders[kind] = self._encoder(keys, values)
+        return encoder([keys, values])
+
+    def _encoder(self, keys: mx.array, values: mx.array) -> Encoder:
+        """What encodes new rows of these shapes and dtypes."""
         key_shape, value_shape = keys.shape, values.shape
         for shape, codec in ((key_shape, self.keys), (value_shape, self.values)):
             if len(shape) != 4 or shape[3] != codec.dim:
@@ -43,8 +63,9 @@ class Layout:
         if key_shape[:3] != value_shape[:3]:
             raise ValueError(f"new keys {key_shape} and values {value_shape} differ in batch, heads or count")
         if self.shared:
-            return self.keys.encode([keys, values])
-        return self.keys.encode([keys]) + self.values.encode([values])
+            return self.keys.encoder([keys, values])
+        encode_keys, encode_values = self.keys.encoder([keys]), self.values.encoder([values])
+        return lambda sides: encode_keys(sides[:1]) + encode_values(sides[1:])
 
     def decode(self, rows: Rows) -> tuple[mx.array, mx.array]:
         """Stored rows as attention gets them: a :class:`QuantizedTensor` each, or plain rows."""
@@ -56,9 +77,17 @@ class Layout:
         return keys, values
 
     def members(self, rows: Rows) -> tuple[StackMember, StackMember]:
-        """Stored rows of shared buffers as attention takes them, without arrays."""
+        """Stored rows, quantized on both sides, as attention takes them, without arrays."""
         assert isinstance(self.keys, QuantizingCodec)
-        keys, values = self.keys.stack(rows, 2).members()
+        assert isinstance(self.values, QuantizingCodec)
+        if self.shared:
+            keys, values = self.keys.stack(rows, 2).members()
+        else:
+            split = self.keys.buffers
+            (keys,), (values,) = (
+                self.keys.stack(rows[:split], 1).members(),
+                self.values.stack(rows[split:], 1).members(),
+            )
         return keys, values
 
     def check(self, rows: Rows) -> None:
@@ -75,3 +104,6 @@ class Layout:
         keys, values = self.decode(rows)
         if keys.shape[:3] != values.shape[:3]:
             raise ValueError(f"keys {keys.shape} and values {values.shape} differ")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Layout:
+        return self

@@ -23,6 +23,7 @@ Span = tuple[int, int]
 
 STEP = 256
 """Buffers are allocated in multiples of this many rows."""
+_ALL = slice(None)
 
 
 def capacity(rows: Rows) -> int:
@@ -51,8 +52,9 @@ def grow(rows: Rows, used: int, count: int) -> Rows:
 
 def write(rows: Rows, start: int, stop: int, new: Rows) -> None:
     """Put ``new`` at rows ``start`` to ``stop``: in place, where nothing else holds the buffers."""
+    place = (_ALL, _ALL, slice(start, stop))
     for buffer, x in zip(rows, new):
-        buffer[:, :, start:stop] = x
+        buffer[place] = x
 
 
 def append(rows: Rows | None, start: int, new: Rows, limit: int | None = None) -> Rows:
@@ -76,7 +78,8 @@ def view(rows: Rows) -> Rows:
 
 def select(rows: Rows, start: int, stop: int) -> Rows:
     """Rows ``start`` to ``stop``, as views."""
-    return [x[:, :, start:stop] for x in rows]
+    place = (_ALL, _ALL, slice(start, stop))
+    return [x[place] for x in rows]
 
 
 def join(rows: Rows, spans: Sequence[Span], new: Rows | None = None) -> Rows:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import mlx.core as mx
 import pytest
@@ -125,14 +126,18 @@ def test_bodies_name_every_input_and_no_other(seed: int, stacked: bool) -> None:
     [DECODE_HEADERS, WIDE_HEADERS, MLA_HEADERS, PREFILL_HEADERS],
     ids=["decode", "wide", "mla", "prefill"],
 )
-def test_headers_are_found_in_order(names: tuple[str, ...]) -> None:
-    paths = re.findall(r'#include "([^"]+)"', headers(names))
-    assert tuple(path.rsplit("/", 1)[-1] for path in paths) == names
-    for i, path in enumerate(paths):
-        with open(path) as file:
-            text = file.read()
+def test_the_last_header_includes_the_others_in_an_order_for_pasting(names: tuple[str, ...]) -> None:
+    (path,) = map(Path, re.findall(r'#include "([^"]+)"', headers(names)))
+    assert path.name == names[-1]
+    needed = {names[-1]}
+    for i, name in reversed(list(enumerate(names))):
+        text = path.with_name(name).read_text()
+        included = set(re.findall(r'#include "([^"]+)"', text))
         assert "namespace qsdpa" in text
-        assert set(re.findall(r'#include "([^"]+)"', text)) <= set(names[:i])
+        assert name in needed
+        assert included <= set(names[:i])
+        needed |= included
+    assert needed == set(names)
 
 
 def test_bounds_are_taken_back() -> None:

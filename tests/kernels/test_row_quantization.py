@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import mlx.core as mx
 import pytest
 
@@ -28,7 +30,7 @@ def apart(sides: list[mx.array], format: Format) -> tuple[mx.array, mx.array]:
     return codes, mx.concatenate(others, axis=1)
 
 
-def assert_same(actual: tuple[mx.array, mx.array], wanted: tuple[mx.array, mx.array]) -> None:
+def assert_same(actual: Sequence[mx.array], wanted: Sequence[mx.array]) -> None:
     for a, w in zip(actual, wanted, strict=True):
         assert (a.shape, a.dtype) == (w.shape, w.dtype)
         assert mx.array_equal(a, w)

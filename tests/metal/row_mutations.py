@@ -110,6 +110,6 @@ def _difference(rows: Rows) -> str:
     x = x.astype(rows.dtype)
     sides = [x.swapaxes(2, 3)[:, :, 1:], x.swapaxes(2, 3)[:, 1:, :6] - 3]
     kernel = row_quantization._kernel("metal", rows)
-    actual = row_quantization._launch(row_quantization._prepared(kernel, rows, 2, 3, 6), sides)
+    actual = row_quantization._prepared(kernel, rows, 2, 3, 6)(sides)
     wrong = row_quantization._bytes_apart(actual, mlx_quantization.quantize_rows(sides, rows.format))
     return f"{wrong} bytes differ" if wrong else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import linecache
 import sys
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
 import mlx.core as mx
@@ -164,6 +165,27 @@ def test_a_source_that_was_changed_since() -> None:
     name = attend.__code__.co_filename
     linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
     assert not callers._reads_so(attend.__code__)
+
+
+@pytest.mark.parametrize(
+    ("value_format", "expected"), [("same", StackMember), (Format.affine(8), StackMember), (None, QuantizedTensor)]
+)
+def test_rows_come_as_arrays_unless_both_sides_are_quantized(
+    value_format: Any, expected: type, taken: list[type]
+) -> None:
+    seen: list[type] = []
+    attend = _function(HANDED_ON["as most models do"], base.scaled_dot_product_attention)
+    cache = QuantizedKVCache(FORMAT, value_format)
+    hand_over = cache._hand_over
+
+    def noting(caller: FrameType) -> Any:
+        keys, values = hand_over(caller)
+        seen.append(type(keys))
+        return keys, values
+
+    cache._hand_over = noting  # type: ignore[method-assign]
+    attend(_rows(0, 4), _rows(1), _rows(2), cache)
+    assert seen == [expected]
 
 
 @pytest.mark.parametrize("kernels", ["auto", "ops"])
