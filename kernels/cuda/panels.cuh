@@ -15,10 +15,16 @@ struct PackedHalf {
   // Codes of 64 dimensions lie interleaved where blocks are paired.
   static constexpr int WORDS = (F::PAIRED_BLOCKS ? 64 : 32) * F::BITS / 32;
   static constexpr int SCALES = F::GROUP < 32 ? 32 / F::GROUP : 1;
-  // What aligned loads are aligned to.
-  static constexpr int CODE_ACCESS = access_bytes(4 * WORDS), SCALE_ACCESS = access_bytes(SCALES * sizeof(Scale));
 
   u32 codes[WORDS], scales[1], biases[1];
+
+  // Whether loads from these rows may be aligned.
+  template <typename Codes, typename Scales>
+  __device__ __forceinline__ static bool aligned(const Codes& codes, const Scales& scales, const Scales& biases) {
+    constexpr int CODE_ACCESS = access_bytes(4 * WORDS), SCALE_ACCESS = access_bytes(SCALES * sizeof(Scale));
+    return rows_aligned(codes, CODE_ACCESS) && rows_aligned(scales, SCALE_ACCESS) &&
+           (!F::HAS_BIAS || rows_aligned(biases, SCALE_ACCESS));
+  }
 
   // Where half `half` of a panel begins in a row of codes, and in one of scales.
   __device__ static constexpr int first_word(int panel, int half) {
@@ -94,10 +100,7 @@ class PanelUnpacker {
         half(thread / 8 % 2) {}
 
   // Whether ALIGNED is true of them.
-  __device__ __forceinline__ bool aligned() const {
-    return rows_aligned(codes, Packed::CODE_ACCESS) && rows_aligned(scales, Packed::SCALE_ACCESS) &&
-           (!F::HAS_BIAS || rows_aligned(biases, Packed::SCALE_ACCESS));
-  }
+  __device__ __forceinline__ bool aligned() const { return Packed::aligned(codes, scales, biases); }
 
   // The first codes of the tile from row `first` on, of `count` rows.
   template <bool ALIGNED>

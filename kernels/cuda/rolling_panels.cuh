@@ -36,8 +36,8 @@ class RollingUnpacker {
           stride(static_cast<int>(rows.row_stride * static_cast<int>(sizeof(X)))) {
       keep(data), keep(stride);
     }
-    __device__ __forceinline__ bool aligned(int bytes) const {
-      return rows_aligned(rows, bytes) && rows.row_stride * static_cast<int>(sizeof(X)) == stride;
+    __device__ __forceinline__ friend bool rows_aligned(const Lines& x, int bytes) {
+      return rows_aligned(x.rows, bytes) && x.rows.row_stride * static_cast<int>(sizeof(X)) == x.stride;
     }
     // Row number `at`, as a row of its own.
     template <bool ALIGNED>
@@ -64,10 +64,7 @@ class RollingUnpacker {
                         thread % 32 / 8 / (4 / SPREAD), thread / 4 % 2) {}
 
   // Whether ALIGNED is true of them.
-  __device__ __forceinline__ bool aligned() const {
-    return codes.aligned(Packed::CODE_ACCESS) && scales.aligned(Packed::SCALE_ACCESS) &&
-           (!F::HAS_BIAS || biases.aligned(Packed::SCALE_ACCESS));
-  }
+  __device__ __forceinline__ bool aligned() const { return Packed::aligned(codes, scales, biases); }
 
   // The first codes of the tile from row `first` on, of `count` rows.
   template <bool ALIGNED, int N = 0>
