@@ -51,8 +51,9 @@ class WideDecoder {
 #pragma unroll
     for (int s = 0; s < STAGES - 1; ++s) fetch(tile + s * stride, s);
     queries.store(raw);
-    wait_copies<STAGES - 2>();
     __syncthreads();
+    wait_copies<STAGES - 2>();  // a team begins when it has its own first tile
+    place.team_barrier();
 
     const WideScores<C> scores(place, shared);
     const ScoreMask<C, WideLane<C>> mask(a, work, place);
