@@ -30,6 +30,10 @@ struct DecodeConfig {
   static_assert(V::SCALED_CODES || V::groups(DV) % TEAM == 0, "and the groups of values");
   static constexpr int TERMS = sizeof(T) == 4 ? 2 : 1;  // halves that a query or a probability is made of
   static constexpr bool KEY_BYTES = TERMS == 1 && K::HAS_BYTES, RAW_VALUES = TERMS == 1 && V::HAS_RAW_VALUES;
+  // nvfp4's groups are half a block of dimensions. With at most four rows, odd columns are idle: they take a block's
+  // second group, and its scales stay out of the codes.
+  static constexpr bool KEY_GROUPS_APART = K::SCALED_CODES && LANE_ROWS == 1 && TERMS == 1;
+  static constexpr bool VALUE_GROUPS_APART = V::SCALED_CODES && LANE_ROWS == 1 && TERMS == 1;
   static constexpr bool QUERIES_IN_REGISTERS = D / TEAM * ROW_BLOCKS * TERMS <= 256;
   static constexpr bool BF16 = IsBfloat16<T>::value;
   // Where logits are the scores times a factor and nothing else, the factor waits for the exponential.
@@ -39,7 +43,8 @@ struct DecodeConfig {
   static constexpr int BIAS_WORDS = K::groups(D) / 2;
   static constexpr bool BIAS_OPERANDS = K::HAS_BIAS && sizeof(typename K::Scale) == 2 && LANE_ROWS == 2 && ROPE == 0 &&
                                         TEAM == 1 && (K::groups(D) == 2 || K::groups(D) == 4 || K::groups(D) == 8);
-  static constexpr float SCORE_UNIT = BIAS_OPERANDS ? K::GROUP : 1.0f;  // of scores: keeps sums of queries in range
+  // Of scores: keeps sums of queries in range, or is what nvfp4's scales are larger by in the codes (e4m3_pair()).
+  static constexpr float SCORE_UNIT = BIAS_OPERANDS ? K::GROUP : KEY_GROUPS_APART ? 64.0f : 1.0f;
 
   using KeyTile = RowTile<TILE, TEAM_THREADS, K::row_bytes(D), u32, K::MATRICES>;
   using ValueTile = RowTile<TILE, TEAM_THREADS, V::row_bytes(DV), u32, V::MATRICES>;

@@ -78,6 +78,7 @@ class QueryOperands {
 
   // In the order of the dimensions of load_keys().
   __device__ __forceinline__ uint2 halves(int term, int block, int m, int n) const {
+    if (C::KEY_GROUPS_APART && place.t / 2 != place.r % 2) return {0, 0};  // the other group's column
     const unsigned short* row =
         memory.as<unsigned short>(C::QUERIES) + (term * C::ROWS + place.column_row(n)) * C::QUERY_PITCH;
     auto pair = [&](int p) {

@@ -44,6 +44,8 @@ class ScoreProducts {
       Scores c;
       if constexpr (C::KEY_BYTES) {
         multiply_bytes(c, queries, words, codes, g);
+      } else if constexpr (C::KEY_GROUPS_APART) {
+        multiply_groups_apart(c, queries, words, codes, scales + key * K::groups(C::D));
       } else {
         multiply_halves(c, queries, words, codes, g, low_scale, high_scale);
       }
@@ -115,6 +117,30 @@ class ScoreProducts {
         const int(&y)[4] = c[n][x % LR];
         s[n][x] = static_cast<float>(y[x / LR * 2] * 256 + y[x / LR * 2 + 1]);
       }
+  }
+
+  // nvfp4, few rows: columns 2t of a block's products are of its first group, columns 2t + 1 of the second. `scales`: the
+  // address of the first key's.
+  __device__ __forceinline__ void multiply_groups_apart(Scores& s, const QueryOperands<C>& queries, Words& words,
+                                                        u32 codes, u32 scales) const {
+    s[0][0] = s[0][1] = 0.0f;
+#pragma unroll
+    for (int block = 0; block < C::KEY_SHARE; ++block) {
+      u32 low[4], high[4];
+      float c[4] = {};
+      load_keys<K, C::KeyTile::PITCH>(low, high, words, codes, offsets.keys, block, place.lane);
+#pragma unroll
+      for (int m = 0; m < 2; ++m) {
+        const uint2 q = queries.operand(0, block, m, 0);
+        mma(c, low[2 * m], high[2 * m], low[2 * m + 1], high[2 * m + 1], q.x, q.y);
+      }
+      const u32 at = scales + 2 * (place.member * C::KEY_SHARE + block);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const u32 scale = e4m3_scales(load_scale<unsigned short>(at + 8 * h * K::groups(C::D)));
+        s[0][h] = fmaf(low_half(scale), c[2 * h], fmaf(high_half(scale), c[2 * h + 1], s[0][h]));
+      }
+    }
   }
 
   // The same with codes as halves; nvfp4's scales go into them.

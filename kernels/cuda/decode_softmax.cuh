@@ -17,6 +17,8 @@ class RunningAttention {
   static constexpr int NB = C::ROW_BLOCKS, LR = C::LANE_ROWS, PARTS = C::PARTS, TEAM = C::TEAM;
   static constexpr float RISE = 4.0f;  // probabilities stay below 2^RISE
   static constexpr int SCALE_EXPONENT = 8, LIMIT_EXPONENT = 11;
+  // In the place of scales that are not looked at: products of probabilities with any of nvfp4's stay below 2^16.
+  static constexpr float SCALED_LIMIT = C::VALUE_GROUPS_APART ? 32.0f : 1.0f;
 
   RowFloats sum = {}, top;  // of probabilities; of logits
   ValueSums<C> values;
@@ -93,7 +95,7 @@ class RunningAttention {
         peak[n][j] *= factors[n][j];
         rise |= peak[n][j] > top[n][j] + RISE;
       }
-    float largest = V::SCALED_CODES ? 1.0f : ValueSums<C>::largest_scale(scales);
+    float largest = V::SCALED_CODES ? SCALED_LIMIT : ValueSums<C>::largest_scale(scales);
     if (!__any_sync(~0u, rise || largest > value_limit)) return;
 
     const bool raise = __any_sync(~0u, rise);  // alike in all warps of a team, as scales are not
@@ -127,7 +129,8 @@ class RunningAttention {
   __device__ __forceinline__ void serve_scales_up_to(float largest) {
     const int exponent = min(max(127 + SCALE_EXPONENT - static_cast<int>(__float_as_uint(largest) >> 23), -100), 100);
     value_exponent = static_cast<float>(exponent);
-    value_limit = V::SCALED_CODES ? 1.0f : __uint_as_float(static_cast<u32>(127 + LIMIT_EXPONENT - exponent) << 23);
+    const float limit = __uint_as_float(static_cast<u32>(127 + LIMIT_EXPONENT - exponent) << 23);
+    value_limit = V::SCALED_CODES ? SCALED_LIMIT : limit;
   }
 };
 

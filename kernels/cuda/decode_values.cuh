@@ -15,6 +15,8 @@ class ValueSums {
   // Of a warp's share: groups, and blocks of 32 dimensions of a group. Scaled codes are one group.
   static constexpr int GROUPS = V::SCALED_CODES ? 1 : V::groups(C::DV) / C::TEAM;
   static constexpr int GROUP_BLOCKS = C::VALUE_SHARE / GROUPS;
+  static constexpr bool GROUPS_APART = C::VALUE_GROUPS_APART;
+  static constexpr float UNIT = GROUPS_APART ? 64.0f : 1.0f;  // what scales are larger by in the codes (e4m3_pair())
   // Where in a stage: keys may be the values.
   static constexpr int CODES = C::SHARED_KV ? 0 : C::VALUES;
   static constexpr int SCALES = C::SHARED_KV ? C::KEY_SCALES : C::VALUE_SCALES;
@@ -85,7 +87,7 @@ class ValueSums {
       }
       u32 operand[TERMS][NB][2];
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
+      for (int h = 0; h < 2 && !GROUPS_APART; ++h) {
         const float low = scale(g, h), high = LR == 2 ? low : g + 1 < GROUPS ? scale(g + 1, h) : 0.0f;
 #pragma unroll
         for (int n = 0; n < NB; ++n) {
@@ -102,7 +104,11 @@ class ValueSums {
       for (int block = g * GROUP_BLOCKS; block < (g + TOGETHER) * GROUP_BLOCKS && block < C::VALUE_SHARE; ++block) {
         u32 low[4], high[4];
         load_values<V, C::ValueTile::PITCH, C::RAW_VALUES>(low, high, words, codes, offsets.values, block, place.lane);
-        if constexpr (V::SCALED_CODES) scale_codes(low, high, stage + SCALES, block, part);
+        if constexpr (GROUPS_APART) {
+          weigh_groups_apart(operand[0][0], p[0], stage + SCALES, block, part);
+        } else if constexpr (V::SCALED_CODES) {
+          scale_codes(low, high, stage + SCALES, block, part);
+        }
 #pragma unroll
         for (int term = 0; term < TERMS; ++term)
 #pragma unroll
@@ -126,6 +132,7 @@ class ValueSums {
       const int column = column_of(i / 2, j);
       o[i / 2][i % 2][n][column] *= f;
       o[i / 2][i % 2][n][column + 2] *= f;
+      if constexpr (GROUPS_APART) o[i / 2][i % 2][n][1] *= f, o[i / 2][i % 2][n][3] *= f;
     }
   }
 
@@ -139,8 +146,9 @@ class ValueSums {
       for (int i = 0; i < 2 * GROUP_BLOCKS; ++i) {
         const int block = g * GROUP_BLOCKS + i / 2, column = column_of(block, j);
         float(&c)[4] = o[block][i % 2][n];
-        c[column] = fmaf(c[column], V::value_factor(i % 2 * 2, C::RAW_VALUES) * unit, bias);
-        c[column + 2] = fmaf(c[column + 2], V::value_factor(i % 2 * 2 + 1, C::RAW_VALUES) * unit, bias);
+        if (GROUPS_APART && place.r >= 4) c[0] = c[1], c[2] = c[3];  // the lane's dimensions are of the second group
+        c[column] = fmaf(c[column], UNIT * V::value_factor(i % 2 * 2, C::RAW_VALUES) * unit, bias);
+        c[column + 2] = fmaf(c[column + 2], UNIT * V::value_factor(i % 2 * 2 + 1, C::RAW_VALUES) * unit, bias);
       }
     }
   }
@@ -172,7 +180,18 @@ class ValueSums {
 
   // Where the accumulators of a block of dimensions have row number j of a lane: at this index, and two further on.
   __device__ __forceinline__ static constexpr int column_of(int block, int j) {
-    return LR == 1 ? block / GROUP_BLOCKS % 2 : j;
+    return LR == 1 && !GROUPS_APART ? block / GROUP_BLOCKS % 2 : j;
+  }
+
+  // nvfp4, few rows: probabilities times the scales of both groups of a block, in even and in odd columns.
+  __device__ __forceinline__ void weigh_groups_apart(u32 (&operand)[2], const float (&p)[2], u32 scales, int block,
+                                                     int part) const {
+    const int group = 2 * (place.member * C::VALUE_SHARE + block);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const u32 at = scales + (16 * part + offsets.row + 8 * h) * V::groups(C::DV) + group;
+      operand[h] = transpose_matrix(mul_half2(pack_half2(p[h], p[h]), e4m3_scales(load_scale<unsigned short>(at))));
+    }
   }
 
   // nvfp4: the scales of the lane's four keys and its group (dimensions 4r to 4r + 3 of the block) on the codes.

@@ -35,7 +35,8 @@ struct Format {
   static constexpr int GROUP = GROUP_;
   static constexpr int MODE = MODE_;
   static constexpr bool HAS_BIAS = MODE == AFFINE;
-  // nvfp4's groups of 16 are narrower than a block, so its scales go into the unpacked halves (exactly).
+  // nvfp4's groups of 16 are narrower than a block, so its scales go into the unpacked halves (exactly), but where a
+  // kernel can tell the groups apart.
   static constexpr bool SCALED_CODES = MODE == NVFP4;
   static constexpr float CODE_FACTOR = MODE == MXFP4 ? 16384.0f : MODE == MXFP8 || MODE == NVFP4 ? 256.0f : 1.0f;
   // A 16-byte unit of 2-bit codes is two blocks: worth it where both lie in one group.
@@ -432,6 +433,17 @@ __device__ __forceinline__ float scale_value(__half x) { return __half2float(x);
 __device__ __forceinline__ float scale_value(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ float scale_value(unsigned char x) {  // e8m0: 2^(x - 127)
   return __uint_as_float(max(static_cast<u32>(x) << 23, 0x00400000u));
+}
+
+// The two e4m3 scales in the low bytes of `w`, as halves.
+__device__ __forceinline__ u32 e4m3_scales(u32 w) {
+#if __CUDA_ARCH__ >= 890
+  u32 x;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(x) : "h"(static_cast<unsigned short>(w)));
+  return x;
+#else
+  return mul_half2(e4m3_halves(__byte_perm(w, 0, 0x1404)), 0x5c005c00u);
+#endif
 }
 
 // nvfp4's e4m3 scales of two rows as a pair of halves, times 2^6: their products with codes (times 2^-14) are exact.

@@ -354,8 +354,10 @@ def test_results_do_not_change_between_runs() -> None:
     assert mx.array_equal(first, second).item()
 
 
-@pytest.mark.parametrize("name", FLOAT_FORMATS)
-def test_every_code_of_the_floating_point_formats(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*((name, mx.float32) for name in FLOAT_FORMATS), ("nvfp4", mx.float16)], ids=str
+)
+def test_every_code_of_the_floating_point_formats(name: str, dtype: mx.Dtype) -> None:
     """Values made of all codes, with scales from small to large."""
     format = Format.named(name)
     words = mx.random.randint(0, 1 << 31, (1, 1, 256, format.words(64)), key=mx.random.key(8)).astype(mx.uint32)
@@ -363,8 +365,8 @@ def test_every_code_of_the_floating_point_formats(name: str) -> None:
         words = mx.bitwise_and(words, 0xF7F7F7F7)
     low, high = (110, 140) if name != "nvfp4" else (0, 126)
     scales = mx.random.randint(low, high, (1, 1, 256, format.groups(64)), key=mx.random.key(9)).astype(mx.uint8)
-    tensor = QuantizedTensor(words, scales, None, format, dtype=mx.float32)
-    queries = mx.random.normal((1, 1, 1, 64), key=mx.random.key(10))
+    tensor = QuantizedTensor(words, scales, None, format, dtype=dtype)
+    queries = mx.random.normal((1, 1, 1, 64), key=mx.random.key(10)).astype(dtype)
     _check(check_call(queries, tensor, tensor, scale=1e-6), f"all codes of {name}")
 
 
