@@ -68,6 +68,7 @@ class Decoder {
         queries(place, memory) {}
 
   __device__ __forceinline__ void run() {
+    if (place.warp >= work.warps()) return;
     typename QueryRows<C>::Raw raw;
     query_rows.load(raw);  // ahead of the first tiles, which would delay them
     const TileCopier<C> copier(a, work, memory);

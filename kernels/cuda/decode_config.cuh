@@ -35,6 +35,11 @@ struct DecodeConfig {
   static constexpr bool KEY_GROUPS_APART = K::SCALED_CODES && LANE_ROWS == 1 && TERMS == 1;
   static constexpr bool VALUE_GROUPS_APART = V::SCALED_CODES && LANE_ROWS == 1 && TERMS == 1;
   static constexpr bool QUERIES_IN_REGISTERS = D / TEAM * ROW_BLOCKS * TERMS <= 256;
+  // Warps that stay where keys are few. They have the query rows, and make operands of queries for nobody else.
+  static constexpr int FEW_WARPS = !QUERIES_IN_REGISTERS && !KEY_BYTES ? WARPS
+                                   : ROWS >= WARPS                     ? WARPS
+                                   : ROWS >= WARPS / 4                 ? ROWS
+                                                                       : WARPS / 4;
   static constexpr bool BF16 = IsBfloat16<T>::value;
   // Where logits are the scores times a factor and nothing else, the factor waits for the exponential.
   static constexpr bool LATE_FACTORS = ROPE == 0 && TEAM == 1 && (MASK == NO_MASK || MASK == CAUSAL);

@@ -30,13 +30,14 @@ class TileRuns {
   __device__ __forceinline__ TileRuns(const DecodeArguments<C>& a, const DecodeWork<C>& work)
       : thread(threadIdx.x % C::TEAM_THREADS), key_places(thread), value_places(thread) {
     keep(thread);
-    const auto key_rows = a.keys.rows(work.batch, work.kv_head);
-    const auto key_scales = a.key_scales.rows(work.batch, work.kv_head);
-    const auto key_biases = a.key_biases.rows(work.batch, work.kv_head);
-    const auto value_rows = a.values.rows(work.batch, work.kv_head);
-    const auto value_scales = a.value_scales.rows(work.batch, work.kv_head);
-    const auto value_biases = a.value_biases.rows(work.batch, work.kv_head);
-    const auto rope_rows = a.rope_keys.rows(work.batch, 0);
+    const u32 batch = work.batch, head = work.kv_head;  // without signs, which cost instructions in 64 bits
+    const auto key_rows = a.keys.rows(batch, head);
+    const auto key_scales = a.key_scales.rows(batch, head);
+    const auto key_biases = a.key_biases.rows(batch, head);
+    const auto value_rows = a.values.rows(batch, head);
+    const auto value_scales = a.value_scales.rows(batch, head);
+    const auto value_biases = a.value_biases.rows(batch, head);
+    const auto rope_rows = a.rope_keys.rows(batch, 0);
     u64 apart = rows_apart(key_rows, C::KeyTile::ROW_BYTES / 4, C::KeyTile::CHUNK) |
                 rows_apart(key_scales, C::KeyScaleTile::ROW, 16);
     if constexpr (K::HAS_BIAS) apart |= rows_apart(key_biases, C::KeyScaleTile::ROW, 16);

@@ -18,11 +18,12 @@ constexpr u32 COUNT = (1u << COUNT_BITS) - 1, ARRIVED = 1, DESERTED = 1u << COUN
 template <typename C>
 class Merger {
   using T = typename C::T;
-  static constexpr int DV = C::DV, ROWS = C::ROWS, TEAMS = C::TEAMS, THREADS = 32 * C::WARPS;
+  static constexpr int DV = C::DV, ROWS = C::ROWS;
 
   const DecodeArguments<C>& a;
   const DecodeWork<C> work;
   const SharedMemory memory;
+  const int threads;
   float* stats;  // behind the partial results
 
  public:
@@ -30,13 +31,52 @@ class Merger {
       : a(arguments),
         work(work),
         memory(memory),
+        threads(32 * work.warps()),
         stats(a.partials + static_cast<i64>(work.splits) * gridDim.y * gridDim.z * (ROWS * DV)) {}
 
   // The teams' results to the output, or to this split's place among the partial results.
   __device__ __forceinline__ void merge_teams(i64 tile) const {
+    if (C::FEW_WARPS < C::WARPS && work.few) {
+      merge_teams<C::FEW_WARPS / C::TEAM>(tile);
+    } else {
+      merge_teams<C::TEAMS>(tile);
+    }
+  }
+
+  // The splits' results to the output, by the last block of the tile, or by each a slice.
+  __device__ __forceinline__ void merge_splits(i64 tile) const {
+    const int splits = work.splits;
+    if (splits == 1) return;
+    u32* counter = a.tickets + tile;
+    int slice = FOURS, first = 0, last = 0;
+    if (splits * FOURS < MUCH || gridDim.x * gridDim.y * gridDim.z > a.blocks_at_once) {
+      if (!is_last(counter)) return;
+    } else {
+      const Role role = meet(counter);
+      if (threadIdx.x == threads - 1) leave(counter);  // rather idle than the first threads
+      if (role == NONE) return;
+      slice = (FOURS + splits - 1) / splits;
+      first = role == ALL ? 0 : work.split, last = role == ALL ? splits - 1 : work.split;
+    }
+    for (int i = first; i <= last; ++i) {
+      merge(tile * splits * ROWS, i * slice, min((i + 1) * slice, FOURS));
+      __syncthreads();
+    }
+  }
+
+ private:
+  static constexpr int FOURS = ROWS * DV / 4;  // of dimensions, of all rows
+  static constexpr int MUCH = 4096;            // of them: what one block merges as fast as it would meet the others
+  static constexpr i64 PATIENCE = 1 << 16;     // cycles; far more than blocks differ that run at once
+
+  enum Role { NONE, SLICE, ALL };  // what a block is to merge
+
+  // Those of the first TEAMS, whose threads are all that are left.
+  template <int TEAMS>
+  __device__ __forceinline__ void merge_teams(i64 tile) const {
     const float2* team_stats = memory.as<float2>(C::TEAM_STATS);  // maximum and sum: [team, row]
     const i64 place = (tile * work.splits + work.split) * ROWS;
-    for (int i = threadIdx.x; i < ROWS * DV / 4; i += THREADS) {
+    for (int i = threadIdx.x; i < ROWS * DV / 4; i += 32 * C::TEAM * TEAMS) {
       const int row = i / (DV / 4), d = i % (DV / 4) * 4;
       float peak = LOWEST;
 #pragma unroll
@@ -60,34 +100,6 @@ class Merger {
       }
     }
   }
-
-  // The splits' results to the output, by the last block of the tile, or by each a slice.
-  __device__ __forceinline__ void merge_splits(i64 tile) const {
-    const int splits = work.splits;
-    if (splits == 1) return;
-    u32* counter = a.tickets + tile;
-    int slice = FOURS, first = 0, last = 0;
-    if (splits * FOURS < MUCH || gridDim.x * gridDim.y * gridDim.z > a.blocks_at_once) {
-      if (!is_last(counter)) return;
-    } else {
-      const Role role = meet(counter);
-      if (threadIdx.x == THREADS - 1) leave(counter);  // rather idle than the first threads
-      if (role == NONE) return;
-      slice = (FOURS + splits - 1) / splits;
-      first = role == ALL ? 0 : work.split, last = role == ALL ? splits - 1 : work.split;
-    }
-    for (int i = first; i <= last; ++i) {
-      merge(tile * splits * ROWS, i * slice, min((i + 1) * slice, FOURS));
-      __syncthreads();
-    }
-  }
-
- private:
-  static constexpr int FOURS = ROWS * DV / 4;  // of dimensions, of all rows
-  static constexpr int MUCH = 4096;            // of them: what one block merges as fast as it would meet the others
-  static constexpr i64 PATIENCE = 1 << 16;     // cycles; far more than blocks differ that run at once
-
-  enum Role { NONE, SLICE, ALL };  // what a block is to merge
 
   // Counts the block in, whose results are written; true in the last of the tile. The counter wraps to zero.
   __device__ __forceinline__ bool is_last(u32* counter) const {
@@ -121,12 +133,12 @@ class Merger {
   // Merges fours of dimensions, numbers `begin` to `end`, of the splits' results that begin at row `place` of all. Where
   // threads are left over, several share a four, and add up what they have in shared memory.
   __device__ __forceinline__ void merge(i64 place, int begin, int end) const {
-    constexpr int MOST_LOG = THREADS >= 512 ? 9 : THREADS >= 256 ? 8 : THREADS >= 128 ? 7 : THREADS >= 64 ? 6 : 5;
-    const int log = min(MOST_LOG, 32 - __clz(max(end - begin - 1, 0)));  // of the fours that the block does at once
-    const int shares = min(THREADS >> log, (work.splits + BATCH - 1) / BATCH), share = threadIdx.x >> log;
+    // Of the fours that the block does at once.
+    const int log = min(31 - __clz(threads), 32 - __clz(max(end - begin - 1, 0)));
+    const int shares = min(threads >> log, (work.splits + BATCH - 1) / BATCH), share = threadIdx.x >> log;
     float4* const sums = memory.as<float4>(0);
-    float2* const sum_stats = memory.as<float2>(THREADS * 16);
-    static_assert(THREADS * 24 <= C::ROW_FACTORS, "shared memory for what threads have of a four");
+    float2* const sum_stats = memory.as<float2>(threads * 16);
+    static_assert(32 * C::WARPS * 24 <= C::ROW_FACTORS, "shared memory for what threads have of a four");
     for (int first = begin; first < end; first += 1 << log) {
       const int i = first + (threadIdx.x & ((1 << log) - 1)), row = i / (DV / 4), d = i % (DV / 4) * 4;
       float4 x = {};
@@ -134,8 +146,11 @@ class Merger {
       float2 stat[BATCH];
       float4 y[BATCH];
       if (i < end && share < shares) {
+        const float *of_row = a.partials + (place + row) * DV + d, *stats_of_row = stats + (place + row) * 2;
+        keep(of_row);  // what is added to it takes one instruction
+        keep(stats_of_row);
         for (int split = share; split < work.splits; split += BATCH * shares) {
-          load_splits(stat, y, place + row, d, split, shares);
+          load_splits(stat, y, stats_of_row, of_row, split, shares);
           add(x, peak, total, stat, y);
         }
       }
@@ -162,15 +177,15 @@ class Merger {
 
   static constexpr int BATCH = 8;  // results that a thread reads before it adds them up
 
-  // Of every `step`-th split from `first` on: dimensions from `d` on of a row, with its maximum and sum.
-  __device__ __forceinline__ void load_splits(float2 (&stat)[BATCH], float4 (&y)[BATCH], i64 row, int d, int first,
-                                              int step) const {
+  // Of every `step`-th split from `first` on: the maximum and sum of a row, and four of its dimensions. Those of split 0
+  // are at these places.
+  __device__ __forceinline__ void load_splits(float2 (&stat)[BATCH], float4 (&y)[BATCH], const float* stats_of_row,
+                                              const float* of_row, int first, int step) const {
     const u32 most = work.splits - 1;
 #pragma unroll
     for (int k = 0; k < BATCH; ++k) {
-      const u32 split = first + k * step;
-      const i64 at = row + min(split, most) * ROWS;
-      stat[k] = load_fresh2(stats + at * 2), y[k] = load_fresh4(a.partials + at * DV + d);
+      const u32 split = first + k * step, at = min(split, most) * ROWS;
+      stat[k] = load_fresh2(stats_of_row + at * 2), y[k] = load_fresh4(of_row + at * DV);
       if (split > most) stat[k] = {LOWEST, 0.0f}, y[k] = {};
     }
   }

@@ -29,6 +29,8 @@ _LAYOUTS = ((16, 4, 2), (16, 2, 2), (8, 4, 2), (8, 2, 4), (8, 1, 6), (4, 1, 6), 
 One block to a multiprocessor, with all of its registers and shared memory, beat smaller blocks on an H200 for nearly
 all shapes. Sixteen warps and tiles of four parts are for rows and dimensions that few registers hold.
 """
+_FEWEST_TEAMS = 4
+"""Teams of a block that get a tile before there are more blocks: fewer make more to merge, more share instructions."""
 _LIGHT = 128
 """Blocks of 8 query rows over dimensions up to which a thread does with 128 registers."""
 
@@ -63,9 +65,9 @@ class DecodePlan:
     """Keys of the check at first use."""
 
     def splits(self, count: int) -> int:
-        """Thread blocks along ``count`` keys: the ideal number, or fewer where a team would get no tile."""
+        """Thread blocks along ``count`` keys: the ideal number, or fewer where not even a few teams get a tile."""
         tiles = -(-count // (PART * self.parts))
-        return max(1, min(self.ideal_splits, -(-tiles * self.team // self.warps)))
+        return max(1, min(self.ideal_splits, -(-tiles // min(self.warps // self.team, _FEWEST_TEAMS))))
 
 
 @lru_cache(maxsize=512)

@@ -1,11 +1,17 @@
 // What a block of a decode kernel works on, and where a thread of it stands.
 //
 // A block serves ROWS query rows of one batch entry and KV head: rows are the heads of the group times the query
-// positions, and gridDim.y counts the KV heads for each tile of such rows. The gridDim.x splits share the keys.
+// positions, and gridDim.y counts the KV heads for each tile of such rows. The gridDim.x splits share the keys. Of few
+// keys most teams of a block get no tile, and their warps leave at once.
 #pragma once
 #include "decode_config.cuh"
 
 namespace qsdpa {
+
+// x / y of numbers below 2^20, in a fraction of the instructions of a division.
+__device__ __forceinline__ int quotient(int x, int y) {
+  return static_cast<int>(__fdividef(static_cast<float>(x) + 0.5f, static_cast<float>(y)));
+}
 
 template <typename C>
 struct DecodeWork {
@@ -13,27 +19,32 @@ struct DecodeWork {
   const int split = blockIdx.x, splits = gridDim.x, batch = blockIdx.z;
   int kv_head, first_row, group_size, length, rows;  // rows: of the whole group, in all tiles
   int count;                                         // keys
+  bool few;                                          // keys: only FEW_WARPS of a block have work
 
   __device__ __forceinline__ explicit DecodeWork(const DecodeArguments<C>& a) {
-    const int kv_heads = a.keys.shape[1];
-    kv_head = blockIdx.y % kv_heads;
-    first_row = blockIdx.y / kv_heads * C::ROWS;
-    group_size = a.queries.shape[1] / kv_heads;
+    const int kv_heads = a.keys.shape[1], row_tile = quotient(blockIdx.y, kv_heads);
+    kv_head = blockIdx.y - row_tile * kv_heads;
+    first_row = row_tile * C::ROWS;
+    group_size = quotient(a.queries.shape[1], kv_heads);
     length = a.queries.shape[2];
     rows = group_size * length;
     count = a.keys.shape[2];
+    few = C::FEW_WARPS < C::WARPS && splits * (C::FEW_WARPS / C::TEAM * C::TILE) >= count;
   }
+
+  __device__ __forceinline__ int warps() const { return few ? C::FEW_WARPS : C::WARPS; }
 
   // Where a team begins with tiles: after it, every `splits * TEAMS`-th is its own. Neighbours go to a block, which is
   // kind to memory, or where there are many splits to different ones, so that a rest is not left to a few of them.
   __device__ __forceinline__ int first_tile(int team) const {
-    return splits <= FEW_SPLITS ? split * C::TEAMS + team : split + splits * team;
+    return splits <= FEW_SPLITS && !few ? split * C::TEAMS + team : split + splits * team;
   }
 
   // Query head and position of one of the block's rows; rows past the end repeat the last.
   __device__ __forceinline__ int2 head_and_position(int row) const {
     const int n = min(first_row + row, rows - 1);
-    return {kv_head * group_size + n / length, n % length};
+    const int head = quotient(n, length);
+    return {kv_head * group_size + head, n - head * length};
   }
 
   // Where a row begins in an operand that has the shape of the queries.

@@ -36,7 +36,10 @@ __device__ __forceinline__ u32 shared_address(const void* p) {
 // Keep x in a register: the compiler computes cheap functions of the thread's number anew wherever they are used.
 __device__ __forceinline__ void keep(u32& x) { asm volatile("" : "+r"(x)); }
 __device__ __forceinline__ void keep(int& x) { asm volatile("" : "+r"(x)); }
-__device__ __forceinline__ void keep(const char*& x) { asm volatile("" : "+l"(x)); }
+template <typename T>
+__device__ __forceinline__ void keep(const T*& x) {
+  asm volatile("" : "+l"(x));
+}
 
 // (a & b) | c
 __device__ __forceinline__ u32 and_or(u32 a, u32 b, u32 c) {

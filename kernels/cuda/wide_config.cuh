@@ -20,7 +20,7 @@ struct WideConfig {
   static constexpr int D = D_, DV = DV_, ROWS = ROWS_, MASK = MASK_, TEAMS = TEAMS_, STAGES = STAGES_;
   static constexpr int ROW_BLOCKS = ROWS / 8;
   static constexpr int TILE = TILE_ROWS;  // keys
-  static constexpr int TEAM = 4, TEAM_THREADS = 128, WARPS = TEAM * TEAMS;
+  static constexpr int TEAM = 4, TEAM_THREADS = 128, WARPS = TEAM * TEAMS, FEW_WARPS = WARPS;
   static constexpr int KEY_GROUPS = K::groups(D), VALUE_GROUPS = V::groups(DV);
   static constexpr int VALUE_BLOCKS = DV / 64;  // a product has 64 dimensions of values
   static_assert(ROWS == 16 || ROWS == 32, "right operands of these widths");

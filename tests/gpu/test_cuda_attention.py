@@ -443,6 +443,17 @@ def test_results_of_any_number_of_splits_are_merged(
         assert error <= TOLERANCES[mx.float16], f"error {error:.2g} with {splits} splits"
 
 
+@pytest.mark.parametrize("fewest", [1, 3, 4, 16])
+@pytest.mark.parametrize("group", [3, 8, 20])
+def test_teams_without_keys(monkeypatch: pytest.MonkeyPatch, group: int, fewest: int) -> None:
+    """Few keys: warps that have none leave, if they have no query rows either."""
+    monkeypatch.setattr("qsdpa_patch.kernels.cuda.decode_plan._FEWEST_TEAMS", fewest)
+    case = Case(seed=23, kv_heads=2, group=group, count=1, capacity=1, key_dim=128, value_dim=128, dtype=mx.float16)
+    for count in (1, 33, 100, 257, 1000, 1025, 2047, 4100):
+        tried = replace(case, count=count, capacity=count)
+        _check(build(tried), f"{tried}, {fewest} teams")
+
+
 def test_no_block_waits_for_ever_for_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """More blocks wait for each other than the device holds: the last of each tile merges what the first left."""
     call = build(replace(_MANY_SPLITS, kv_heads=6))
