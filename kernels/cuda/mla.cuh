@@ -27,9 +27,9 @@ struct MlaConfig {
   static constexpr int D = D_, MASK = MASK_, STAGES = STAGES_;
   static constexpr int ROPE = 64, ROWS = 64;
   static constexpr int GROUP = 128, CONSUMERS = 2 * GROUP, PRODUCERS = GROUP;  // threads
-  // Of a thread: together no more than the launch gives out (168 each). Fewer for the consumers, and the compiler runs
-  // their products one by one.
-  static constexpr int PRODUCER_REGISTERS = 88, CONSUMER_REGISTERS = 208;
+  // Of a thread: together no more than the launch gives out (168 each). Fewer for the left, and the compiler runs its
+  // products one by one.
+  static constexpr int LEFT_REGISTERS = 208, RIGHT_REGISTERS = 184, PRODUCER_REGISTERS = 112;
   static constexpr bool BF16 = IsBfloat16<T>::value;
   static constexpr int PANELS = D / PANEL_COLUMNS;
 
@@ -83,6 +83,7 @@ class MlaDecoder {
   }
 
   __device__ __forceinline__ void run() {
+    prefetch_first();
     if (threadIdx.x == 0) {
       for (int s = 0; s < STAGES; ++s) {
         make_barrier(full(s), C::PRODUCERS);
@@ -94,11 +95,11 @@ class MlaDecoder {
       give_registers<C::PRODUCER_REGISTERS>();
       produce();
     } else if (threadIdx.x < C::GROUP) {
-      take_registers<C::CONSUMER_REGISTERS>();
+      take_registers<C::LEFT_REGISTERS>();
       load_queries();
       left();
     } else {
-      take_registers<C::CONSUMER_REGISTERS>();
+      take_registers<C::RIGHT_REGISTERS>();
       load_queries();
       right();
     }
@@ -109,6 +110,27 @@ class MlaDecoder {
   __device__ __forceinline__ u32 empty(int stage) const { return shared + C::EMPTY + 8 * stage; }
   __device__ __forceinline__ u32 tile_of(int stage) const { return shared + stage * C::TILE_BYTES; }
   __device__ __forceinline__ int first_key(int i) const { return (split + i * splits) * TILE_ROWS; }
+
+  // What the first tile is made of, to the second-level cache, by two warps for each operand: producers get to ask for it
+  // some 3,000 cycles later.
+  __device__ __forceinline__ void prefetch_first() const {
+    constexpr int SCALE_BYTES = F::groups(D) * static_cast<int>(sizeof(typename F::Scale));
+    const i64 key = min(first_key(0) + static_cast<int>(threadIdx.x) % TILE_ROWS, count - 1);
+    switch (threadIdx.x / TILE_ROWS) {
+      case 0: return prefetch_row<F::row_bytes(D)>(a.keys, key);
+      case 1: return prefetch_row<2 * C::ROPE>(a.rope_keys, key);
+      case 2: return prefetch_row<SCALE_BYTES>(a.scales, key);
+      case 3:
+        if constexpr (F::HAS_BIAS) prefetch_row<SCALE_BYTES>(a.biases, key);
+    }
+  }
+
+  template <int BYTES, typename X>
+  __device__ __forceinline__ void prefetch_row(const View<X>& x, i64 key) const {
+    const char* row = reinterpret_cast<const char*>(x.rows(batch, 0).data + key * x.strides[2]);
+#pragma unroll
+    for (int byte = 0; byte < BYTES; byte += 128) prefetch(row + byte);
+  }
 
   // Query head and position of a row; rows past the end repeat the last.
   __device__ __forceinline__ int2 head_and_position(int row) const {

@@ -259,14 +259,20 @@ class TileUnpacker {
   __device__ __forceinline__ void unpack_groups(u32 panel, int i) const {
     if constexpr (G < SCALES) {
       constexpr int UNITS = SPAN / 8 / SCALES;  // of a group
+      // Units stored together. One by one they share registers, and each waits until those of the last were read.
+      constexpr int BATCH = UNITS < 4 ? UNITS : 4;
       const Scale scale = element_of<G, Scale>(packed[i].scales);
       Scale bias{};
       if constexpr (F::HAS_BIAS) bias = element_of<G, Scale>(packed[i].biases);
 #pragma unroll
-      for (int u = G * UNITS; u < (G + 1) * UNITS; ++u) {
-        u32 x[4];
-        unpack_unit<T, F>(x, packed[i].codes, u / 4, u % 4, scale, bias);
-        store_unit(panel + u / 8 * PANEL_BYTES + swizzled(row + 8 * i, u % 8), x);
+      for (int u = G * UNITS; u < (G + 1) * UNITS; u += BATCH) {
+        u32 x[BATCH][4];
+#pragma unroll
+        for (int v = 0; v < BATCH; ++v)
+          unpack_unit<T, F>(x[v], packed[i].codes, (u + v) / 4, (u + v) % 4, scale, bias);
+#pragma unroll
+        for (int v = 0; v < BATCH; ++v)
+          store_unit(panel + (u + v) / 8 * PANEL_BYTES + swizzled(row + 8 * i, (u + v) % 8), x[v]);
       }
       unpack_groups<G + 1>(panel, i);
     }
