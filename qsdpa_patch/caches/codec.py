@@ -52,6 +52,9 @@ class PlainCodec:
     def __deepcopy__(self, memo: dict[int, Any]) -> PlainCodec:
         return self
 
+    def __reduce__(self) -> Any:
+        return _unpickled, (PlainCodec, str(self.dtype), self.dim)
+
 
 @dataclass(frozen=True)
 class QuantizingCodec:
@@ -93,8 +96,16 @@ class QuantizingCodec:
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantizingCodec:
         return self
 
+    def __reduce__(self) -> Any:
+        return _unpickled, (QuantizingCodec, str(self.dtype), self.format, self.dim)
+
 
 Codec = PlainCodec | QuantizingCodec
+
+
+def _unpickled(codec: Callable[..., Codec], dtype: str, *arguments: Any) -> Codec:
+    """A codec from the name of its dtype, since MLX pickles no dtypes, and its other arguments."""
+    return codec(*arguments, getattr(mx, dtype.rpartition(".")[2]))
 
 
 def as_format(format: Format | str | None, name: str) -> Format | None:

@@ -107,3 +107,6 @@ class Layout:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Layout:
         return self
+
+    def __reduce__(self) -> Any:
+        return Layout, (self.keys, self.values)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ from mlx_lm.models import cache as mlx_lm_cache
 
 from qsdpa_patch import caches
 from qsdpa_patch.caches import SAVED_CLASSES, QuantizedKVCache, QuantizedRotatingKVCache
+from qsdpa_patch.caches.batch_base import BatchQuantizedCache
+from qsdpa_patch.caches.codec import as_format
 from qsdpa_patch.kernels.format import Format
 from tests.qsdpa_patch.caches.twins import ALL_FORMATS, DTYPES, Kind, Rows, assert_same, saved_and_loaded
 
@@ -53,6 +57,25 @@ def test_every_format_and_dtype_survives_a_file(format: Format | None, dtype: mx
     assert loaded.nbytes == cache.nbytes
     for actual, expected in zip(loaded.keys_and_values(), cache.keys_and_values()):
         assert actual.dtype == dtype
+        assert type(actual) is type(expected)
+        assert_same(actual, expected)
+
+
+@pytest.mark.parametrize("value_format", ["same", None, "mxfp8"])
+@pytest.mark.parametrize("empty", EMPTY, ids=lambda cache: type(cache).__qualname__)
+def test_caches_are_pickled_as_those_of_mlx_lm_are(empty: Any, value_format: str | None) -> None:
+    def rows() -> Any:
+        batch = 2 if isinstance(empty, BatchQuantizedCache) else 1
+        return (mx.random.normal((batch, 2, 1, 64)), mx.random.normal((batch, 2, 1, 64)))
+
+    cache = copy.deepcopy(empty)
+    cache.value_format = as_format("nvfp4" if value_format == "same" else value_format, "value_format")
+    for _ in range(9):  # a window is full, and goes round
+        cache.update_and_fetch(*rows())
+    loaded = pickle.loads(pickle.dumps(cache))
+    assert type(loaded) is type(cache)
+    new = rows()
+    for actual, expected in zip(loaded.update_and_fetch(*new), cache.update_and_fetch(*new), strict=True):
         assert type(actual) is type(expected)
         assert_same(actual, expected)
 
