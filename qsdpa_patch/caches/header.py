@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -29,8 +30,9 @@ class Header(NamedTuple):
     layout: Layout | None
 
 
+@lru_cache(maxsize=256)
 def write_header(header: Header) -> str:
-    """``header`` as text."""
+    """``header`` as text. Kept, since mlx-lm asks for the states of all caches to have them evaluated."""
     layout = header.layout
     keys = _side(header.key_format, None if layout is None else layout.keys)
     values = _side(header.value_format, None if layout is None else layout.values)
