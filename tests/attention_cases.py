@@ -14,6 +14,7 @@ import mlx.core as mx
 
 from qsdpa_patch.kernels import reference
 from qsdpa_patch.kernels.attention_call import AttentionCall, RopeTerm, check_call
+from qsdpa_patch.kernels.dtypes import dtype_name
 from qsdpa_patch.kernels.format import AFFINE_BITS, AFFINE_GROUP_SIZES, FLOAT_FORMATS, Format
 from qsdpa_patch.kernels.quantized_tensor import PackedStack, QuantizedTensor, quantize, stack_parts
 
@@ -59,7 +60,7 @@ class Case:
         return self.rope_dim > 0
 
     def __str__(self) -> str:
-        dtype = str(self.dtype).rpartition(".")[2]
+        dtype = dtype_name(self.dtype)
         return (
             f"seed={self.seed} B{self.batch} Hkv{self.kv_heads} G{self.group} L{self.length} N{self.count} "
             f"D{self.key_dim} Dv{self.value_dim} {dtype} K:{self.key_format} V:{self.value_format} mask={self.mask}"

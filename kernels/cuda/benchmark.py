@@ -25,6 +25,7 @@ from qsdpa_patch.kernels import reference
 from qsdpa_patch.kernels.attention_call import AttentionCall, RopeTerm, check_call
 from qsdpa_patch.kernels.cuda import backend
 from qsdpa_patch.kernels.cuda.tickets import start as start_evaluation
+from qsdpa_patch.kernels.dtypes import dtype_name
 from qsdpa_patch.kernels.format import Format
 from qsdpa_patch.kernels.quantized_tensor import PackedStack, QuantizedTensor, quantize_parts, stack_parts
 
@@ -59,7 +60,7 @@ class Shape:
         formats = f"{self.keys}" if values == self.keys else f"K {self.keys}, V {values}"
         length = f" L{self.length}" if self.length > 1 else ""
         dim = f"D{self.dim}" + (f" Dv{self.value_dim}" if self.value_dim else "")
-        dtype = str(self.dtype).rpartition(".")[2]
+        dtype = dtype_name(self.dtype)
         return f"B{self.batch} Hq{self.query_heads} Hkv{self.kv_heads}{length} {dim} N{self.count} {formats} {dtype}"
 
     @property

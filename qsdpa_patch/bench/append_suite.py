@@ -9,9 +9,10 @@ import mlx.core as mx
 from mlx_lm.models import cache as mlx_lm_cache
 
 import qsdpa_patch
-from qsdpa_patch.bench.cases import Case, dtype_name, random_rows, stock_format
+from qsdpa_patch.bench.cases import Case, random_rows, stock_format
 from qsdpa_patch.bench.chaining import SUBMITTED_TOGETHER, submit
 from qsdpa_patch.bench.measurement import OURS, TimedPath
+from qsdpa_patch.kernels.dtypes import dtype_name
 
 __all__ = ["append_paths"]
 

@@ -8,9 +8,10 @@ import mlx.core as mx
 from mlx_lm.models import base
 
 import qsdpa_patch
-from qsdpa_patch.bench.cases import Case, buffer_sets, dtype_name, quantized_rows, random_rows, stock_format
+from qsdpa_patch.bench.cases import Case, buffer_sets, quantized_rows, random_rows, stock_format
 from qsdpa_patch.bench.chaining import chained
 from qsdpa_patch.bench.measurement import DEQUANTIZED, OURS, TimedPath
+from qsdpa_patch.kernels.dtypes import dtype_name
 from qsdpa_patch.kernels.quantized_tensor import QuantizedTensor
 
 __all__ = ["attention_paths"]

@@ -9,10 +9,11 @@ from typing import Any, TypeVar
 import mlx.core as mx
 
 from qsdpa_patch.bench.limits import Work
+from qsdpa_patch.kernels.dtypes import dtype_name
 from qsdpa_patch.kernels.format import Format
 from qsdpa_patch.kernels.quantized_tensor import QuantizedTensor, quantize
 
-__all__ = ["Case", "buffer_sets", "dtype_name", "quantized_rows", "random_rows", "stock_format"]
+__all__ = ["Case", "buffer_sets", "quantized_rows", "random_rows", "stock_format"]
 
 _ROTATED_BYTES = {mx.DeviceType.cpu: 128 << 20, mx.DeviceType.gpu: 320 << 20}
 """Bytes that successive calls go through before one reads the same keys again: more than any last-level cache, since a
@@ -85,11 +86,6 @@ class Case:
             "key_format": str(self.key_format),
             "value_format": str(self.value_format),
         }
-
-
-def dtype_name(dtype: mx.Dtype) -> str:
-    """``"float16"`` for :data:`mlx.core.float16`."""
-    return str(dtype).rpartition(".")[2]
 
 
 def random_rows(batch: int, heads: int, count: int, dim: int, dtype: mx.Dtype, *, spare: int = 256) -> mx.array:

@@ -11,9 +11,10 @@ from mlx_lm.models import base
 from mlx_lm.models import cache as mlx_lm_cache
 
 import qsdpa_patch
-from qsdpa_patch.bench.cases import Case, buffer_sets, dtype_name, random_rows, stock_format
+from qsdpa_patch.bench.cases import Case, buffer_sets, random_rows, stock_format
 from qsdpa_patch.bench.chaining import chained
 from qsdpa_patch.bench.measurement import DEQUANTIZED, OURS, TimedPath
+from qsdpa_patch.kernels.dtypes import dtype_name
 
 __all__ = ["latent_paths"]
 

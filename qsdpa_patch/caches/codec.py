@@ -12,6 +12,7 @@ from typing import Any
 import mlx.core as mx
 
 from qsdpa_patch.caches.packed_rows import Rows
+from qsdpa_patch.kernels.dtypes import dtype_name, dtype_of_name
 from qsdpa_patch.kernels.format import Format
 from qsdpa_patch.kernels.quantized_tensor import PackedStack
 from qsdpa_patch.kernels.row_quantization import quantize_rows, row_quantizer
@@ -53,7 +54,7 @@ class PlainCodec:
         return self
 
     def __reduce__(self) -> Any:
-        return _unpickled, (PlainCodec, str(self.dtype), self.dim)
+        return _unpickled, (PlainCodec, dtype_name(self.dtype), self.dim)
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class QuantizingCodec:
         return self
 
     def __reduce__(self) -> Any:
-        return _unpickled, (QuantizingCodec, str(self.dtype), self.format, self.dim)
+        return _unpickled, (QuantizingCodec, dtype_name(self.dtype), self.format, self.dim)
 
 
 Codec = PlainCodec | QuantizingCodec
@@ -105,7 +106,7 @@ Codec = PlainCodec | QuantizingCodec
 
 def _unpickled(codec: Callable[..., Codec], dtype: str, *arguments: Any) -> Codec:
     """A codec from the name of its dtype, since MLX pickles no dtypes, and its other arguments."""
-    return codec(*arguments, getattr(mx, dtype.rpartition(".")[2]))
+    return codec(*arguments, dtype_of_name(dtype))
 
 
 def as_format(format: Format | str | None, name: str) -> Format | None:

@@ -14,12 +14,13 @@ import mlx.core as mx
 
 from qsdpa_patch.caches.codec import Codec, PlainCodec, QuantizingCodec
 from qsdpa_patch.caches.layout import Layout
+from qsdpa_patch.kernels.dtypes import dtype_name
 from qsdpa_patch.kernels.format import Format
 
 __all__ = ["VERSION", "Header", "read_header", "write_header"]
 
 VERSION = 2
-_DTYPES = {str(dtype).rpartition(".")[2]: dtype for dtype in (mx.float16, mx.bfloat16, mx.float32)}
+_DTYPES = {dtype_name(dtype): dtype for dtype in (mx.float16, mx.bfloat16, mx.float32)}
 
 
 class Header(NamedTuple):
@@ -64,7 +65,7 @@ def read_header(header: Any) -> Header:
 def _side(format: Format | None, codec: Codec | None) -> dict[str, Any]:
     side: dict[str, Any] = {"format": None if format is None else asdict(format)}
     if codec is not None:
-        side |= {"dim": codec.dim, "dtype": str(codec.dtype).rpartition(".")[2]}
+        side |= {"dim": codec.dim, "dtype": dtype_name(codec.dtype)}
     return side
 
 

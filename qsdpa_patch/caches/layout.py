@@ -84,10 +84,8 @@ class Layout:
             keys, values = self.keys.stack(rows, 2).members()
         else:
             split = self.keys.buffers
-            (keys,), (values,) = (
-                self.keys.stack(rows[:split], 1).members(),
-                self.values.stack(rows[split:], 1).members(),
-            )
+            (keys,) = self.keys.stack(rows[:split], 1).members()
+            (values,) = self.values.stack(rows[split:], 1).members()
         return keys, values
 
     def check(self, rows: Rows) -> None:

@@ -14,6 +14,7 @@ from mlx_lm.models.cache import make_prompt_cache
 import qsdpa_patch
 from qsdpa_patch.demo.fidelity import Fidelity, compare_distributions, quantized_prompt_cache
 from qsdpa_patch.demo.texts import passage
+from qsdpa_patch.kernels.dtypes import dtype_name
 from qsdpa_patch.report import Report
 
 __all__ = ["CacheResult", "Comparison", "Generation", "compare"]
@@ -111,7 +112,7 @@ def compare(
         )
         for choice, generation in generations.items()
     ]
-    return Comparison(prompt, _dtype_name(caches[UNQUANTIZED]), results, report)
+    return Comparison(prompt, dtype_name(_floating_arrays(caches[UNQUANTIZED])[0].dtype), results, report)
 
 
 def _label(bits: int | None) -> str:
@@ -160,7 +161,3 @@ def _common_beginning(left: Sequence[int], right: Sequence[int]) -> int:
 def _floating_arrays(cache: list[Any]) -> list[mx.array]:
     leaves: Any = tree_flatten([c.state for c in cache])
     return [x for _, x in leaves if isinstance(x, mx.array) and mx.issubdtype(x.dtype, mx.floating)]
-
-
-def _dtype_name(cache: list[Any]) -> str:
-    return str(_floating_arrays(cache)[0].dtype).rpartition(".")[2]

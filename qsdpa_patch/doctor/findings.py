@@ -22,6 +22,7 @@ from qsdpa_patch.dispatcher import router
 from qsdpa_patch.kernels.attention_call import Signature
 from qsdpa_patch.kernels.backends import BACKENDS, default_backend_name, load_backend
 from qsdpa_patch.kernels.cpu import backend as cpu_backend
+from qsdpa_patch.kernels.dtypes import dtype_name
 from qsdpa_patch.kernels.format import Format
 from qsdpa_patch.kernels.row_kernel import Rows
 from qsdpa_patch.kernels.row_quantization import has_row_kernel
@@ -152,7 +153,7 @@ def _kernels() -> Iterator[Finding]:
             start = time.perf_counter()
             fused, reason = router.has_fused_kernel(signature)
             seconds = time.perf_counter() - start
-            text = f"decode D {dim}, {signature.key_format}, {_name(signature.dtype)}: "
+            text = f"decode D {dim}, {signature.key_format}, {dtype_name(signature.dtype)}: "
             yield Finding("kernels", text + (f"fused ({seconds:.2f} s to get ready)" if fused else f"ops: {reason}"))
 
 
@@ -163,17 +164,13 @@ def _row_kernels() -> Iterator[Finding]:
         start = time.perf_counter()
         taken, reason = has_row_kernel(default_backend_name(), Rows(format, dtype, 128, 2))
         seconds = time.perf_counter() - start
-        text = f"append D 128, {format}, {_name(dtype)}: "
+        text = f"append D 128, {format}, {dtype_name(dtype)}: "
         yield Finding("kernels", text + (f"one kernel ({seconds:.2f} s to get ready)" if taken else f"ops: {reason}"))
 
 
 def _cache_dtype() -> mx.Dtype:
     """Of the numbers in a cache that a model on this device usually has."""
     return mx.float32 if mx.default_device().type == mx.DeviceType.cpu else mx.bfloat16
-
-
-def _name(dtype: mx.Dtype) -> str:
-    return str(dtype).rpartition(".")[2]
 
 
 def _decode_signature(dim: int, format: Format) -> Signature:
