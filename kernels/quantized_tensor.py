@@ -160,11 +160,16 @@ class PackedStack:
         format, dim, dtype: of each tensor.
         signatures: what calls over a cache's stacks, this one and those of other steps, were found to be (see
             :func:`~qsdpa_patch.kernels.attention_call.check_call`).
+        rows: how many rows of the arrays belong to the tensors, from the first on; by default all.
+
+    Attributes:
+        buffers: the arrays as given.
+        codes, scales: the ``rows`` of them, as views that are made when they are asked for.
 
     Nothing is checked here, since a cache makes one at each step: see :meth:`check`.
     """
 
-    __slots__ = ("codes", "count", "dim", "dtype", "format", "scales", "signatures")
+    __slots__ = ("_views", "buffers", "count", "dim", "dtype", "format", "rows", "signatures")
 
     def __init__(
         self,
@@ -176,9 +181,11 @@ class PackedStack:
         dim: int,
         dtype: mx.Dtype,
         signatures: dict[Any, Any] | None = None,
+        rows: int | None = None,
     ) -> None:
-        self.codes = codes
-        self.scales = scales
+        self.buffers = (codes, scales)
+        self.rows = codes.shape[2] if rows is None else rows
+        self._views: tuple[mx.array, mx.array] | None = None
         self.count = count
         self.format = format
         self.dim = dim
@@ -186,9 +193,25 @@ class PackedStack:
         self.signatures = {} if signatures is None else signatures
 
     @property
+    def codes(self) -> mx.array:
+        return self._view()[0]
+
+    @property
+    def scales(self) -> mx.array:
+        return self._view()[1]
+
+    def _view(self) -> tuple[mx.array, mx.array]:
+        if self._views is None:
+            codes, scales = self.buffers
+            if codes.shape[2] != self.rows:
+                codes, scales = codes[:, :, : self.rows], scales[:, :, : self.rows]
+            self._views = codes, scales
+        return self._views
+
+    @property
     def padded_dim(self) -> int:
         """Stored row length: ``dim`` rounded up to a multiple of 32."""
-        return self.codes.shape[-1] * 32 // self.format.bits
+        return self.buffers[0].shape[-1] * 32 // self.format.bits
 
     def tensors(self) -> list[QuantizedTensor]:
         """The tensors ``[B, H, N, dim]``, in order."""
@@ -206,8 +229,8 @@ class PackedStack:
 
     def members(self) -> list[StackMember]:
         """The same tensors for attention alone."""
-        batch, planes, rows, _ = self.codes.shape
-        shape = (batch, planes // self.count, rows, self.dim)
+        batch, planes, _, _ = self.buffers[0].shape
+        shape = (batch, planes // self.count, self.rows, self.dim)
         return [StackMember(self, index, shape) for index in range(self.count)]
 
     def parts(self, index: int) -> tuple[mx.array, ...]:
@@ -267,7 +290,7 @@ class StackMember:
 
     @property
     def scale_dtype(self) -> mx.Dtype:
-        return self.stack.scales.dtype
+        return self.stack.buffers[1].dtype
 
     @property
     def tensor(self) -> QuantizedTensor:

@@ -10,7 +10,7 @@ import mlx.core as mx
 from qsdpa_patch.kernels.attention_call import AttentionCall
 from qsdpa_patch.kernels.cuda.custom_kernel import CustomKernel, custom_kernel
 from qsdpa_patch.kernels.cuda.decode_plan import DecodePlan
-from qsdpa_patch.kernels.cuda.scales import device_scale
+from qsdpa_patch.kernels.cuda.scales import device_scale, repeated_scale
 from qsdpa_patch.kernels.cuda.source import (
     DECODE_HEADERS,
     DECODE_OUTPUTS,
@@ -56,7 +56,7 @@ class DecodeKernel:
         mask = call.mask if isinstance(call.mask, mx.array) else None
         stack = call.stack
         if stack is not None:
-            inputs = [call.queries, stack.codes, stack.scales]
+            inputs = [call.queries, *stack.buffers]
         elif self.plan.signature.shared_kv:
             inputs = [call.queries, *call.keys.parts]
         else:
@@ -67,9 +67,11 @@ class DecodeKernel:
             inputs.append(call.sinks)
         if call.rope is not None:
             inputs += (call.rope.queries, call.rope.keys)
-        inputs += (device_scale(call.scale), take_tickets(self._ticket_size))
+        count = call.key_count
+        scale = device_scale(call.scale) if stack is None else repeated_scale(call.scale, count)
+        inputs += (scale, take_tickets(self._ticket_size))
         kernel = self._variant(mask, call.sinks, stack is not None)
-        return kernel(inputs=inputs, **self._launch_over(call.key_count))[0]
+        return kernel(inputs=inputs, **self._launch_over(count))[0]
 
     def _launch_over(self, count: int) -> dict[str, object]:
         """Arguments of a launch over ``count`` keys, which are mostly those of the layer before."""

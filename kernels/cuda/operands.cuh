@@ -36,6 +36,13 @@ __device__ __forceinline__ View<T> view(const T* data, const Shape& shape, const
   return {data, {strides[0], strides[1], strides[2], strides[3]}, {shape[0], shape[1], shape[2], shape[3]}};
 }
 
+// The first `count` rows of each head.
+template <typename T>
+__device__ __forceinline__ View<T> first_rows(View<T> all, int count) {
+  all.shape[2] = count;
+  return all;
+}
+
 // Number `index` of `count` operands that are stacked along the heads.
 template <typename T>
 __device__ __forceinline__ View<T> stacked(View<T> all, int index, int count) {

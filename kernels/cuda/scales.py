@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
+
 import mlx.core as mx
 
 from qsdpa_patch.kernels.cuda.tickets import start
 
-__all__ = ["device_scale"]
+__all__ = ["device_scale", "repeated_scale"]
 
 _KEPT = 64
 _COPIES = 64
@@ -22,3 +24,27 @@ def device_scale(scale: float) -> mx.array:
         array = _scales[scale] = mx.zeros((_COPIES,)) + scale
         start(array)
     return array
+
+
+class _Thread(threading.local):
+    """A thread's latest arrays of :func:`repeated_scale`, by the scale."""
+
+    def __init__(self) -> None:
+        self.latest: dict[float, tuple[int, mx.array]] = {}
+
+
+_thread = _Thread()
+
+
+def repeated_scale(scale: float, count: int) -> mx.array:
+    """``scale`` in device memory, as an array ``[count]`` of strides 0.
+
+    Kernels that get whole buffers of a cache learn from its length how many keys there are: a number costs an array,
+    and a slice of each buffer two. Mostly the layer before asked for the same.
+    """
+    latest = _thread.latest.get(scale)
+    if latest is None or latest[0] != count:
+        if len(_thread.latest) >= _KEPT:
+            _thread.latest.clear()
+        latest = _thread.latest[scale] = count, mx.broadcast_to(device_scale(scale)[:1], (count,))
+    return latest[1]

@@ -139,7 +139,8 @@ def decode_body(
 ) -> str:
     """The body of the decode kernel ``name``. ``mask_type`` and ``sink_type`` are CUDA types.
 
-    stacked: keys and values come as the two arrays of a ``PackedStack``.
+    stacked: keys and values come as the two arrays of a ``PackedStack``, and the scale as often as there are keys in
+    them: the length of that array is how the kernel learns the number of keys.
     """
     sig = plan.signature
     inputs = decode_inputs(sig, stacked)
@@ -148,7 +149,8 @@ def decode_body(
         if stacked and member in _STACKED and (sig.key_format.has_biases or not member.endswith("biases")):
             array, index = _STACKED[member]
             count = 4 if array == "all_scales" and sig.key_format.has_biases else 2
-            return f"qsdpa::stacked(qsdpa::view({array}, {array}_shape, {array}_strides), {index}, {count})"
+            rows = f"qsdpa::first_rows(qsdpa::view({array}, {array}_shape, {array}_strides), scale_shape[0])"
+            return f"qsdpa::stacked({rows}, {index}, {count})"
         return _operand(member, inputs)
 
     operands = [operand(member) for member in _OPERANDS]

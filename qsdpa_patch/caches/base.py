@@ -12,7 +12,7 @@ from mlx_lm.models.cache import _BaseCache
 from qsdpa_patch.caches.codec import as_format, fit_codec
 from qsdpa_patch.caches.header import Header, read_header, write_header
 from qsdpa_patch.caches.layout import Layout
-from qsdpa_patch.caches.packed_rows import Rows, capacity
+from qsdpa_patch.caches.packed_rows import Rows, Span, capacity, select, view
 from qsdpa_patch.callers import only_attends
 from qsdpa_patch.kernels.format import Format
 from qsdpa_patch.kernels.rotation import MIN_BLOCK
@@ -165,17 +165,22 @@ class QuantizedCache(_BaseCache, ABC):  # type: ignore[misc] # mlx-lm has no ann
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
         """The rows kept, as attention gets them: a :class:`QuantizedTensor`, or plain where the format is ``None``."""
-        return self._decode(self._kept())
+        rows = self._buffers()
+        start, stop = self._span()
+        kept = view(rows) if (start, stop) == (0, capacity(rows)) else select(rows, start, stop)
+        return self._decode(kept)
 
     @abstractmethod
-    def _kept(self) -> Rows:
-        """The stored rows that attention gets."""
+    def _span(self) -> Span:
+        """Which rows of the buffers attention gets."""
 
     def _hand_over(self, caller: FrameType) -> tuple[Any, Any]:
         """:meth:`keys_and_values` for the function that runs in ``caller``; no arrays, where it has no use for them."""
         assert self._layout is not None
         if self._layout.quantized and only_attends(caller):
-            return self._layout.members(self._kept())
+            start, stop = self._span()
+            rows = self._buffers()
+            return self._layout.members(select(rows, start, stop) if start else rows, stop - start)
         return self.keys_and_values()
 
     def _decode(self, rows: Rows) -> tuple[mx.array, mx.array]:

@@ -11,7 +11,7 @@ from mlx_lm.models import cache as mlx_lm_cache
 from qsdpa_patch.caches.base import DEFAULT_FORMAT, saved
 from qsdpa_patch.caches.batch_base import BatchQuantizedCache
 from qsdpa_patch.caches.latent import LatentCache, QuantizedLatentCache
-from qsdpa_patch.caches.packed_rows import Rows, append, capacity, compact, pick, roll_each, select
+from qsdpa_patch.caches.packed_rows import Span, append, capacity, compact, pick, roll_each, select
 from qsdpa_patch.caches.quantized import QuantizedKVCache
 from qsdpa_patch.kernels.format import Format
 
@@ -41,8 +41,8 @@ class BatchQuantizedKVCache(BatchQuantizedCache):
         self._idx += keys.shape[2]
         return self._hand_over(sys._getframe(1))
 
-    def _kept(self) -> Rows:
-        return select(self._buffers(), 0, self._idx)
+    def _span(self) -> Span:
+        return 0, self._idx
 
     def prepare(
         self,

@@ -21,7 +21,6 @@ from qsdpa_patch.caches.packed_rows import (
     roll_each,
     select,
     skip,
-    view,
     write,
 )
 from qsdpa_patch.caches.rotating import QuantizedRotatingKVCache
@@ -87,9 +86,8 @@ class BatchQuantizedRotatingKVCache(BatchQuantizedCache):
         self.rows = mx.depends(self._buffers(), (self.left_padding, self.offset))
         return self._hand_over(sys._getframe(1))
 
-    def _kept(self) -> Rows:
-        rows = self._buffers()
-        return select(rows, 0, self._offset) if self._offset < capacity(rows) else view(rows)
+    def _span(self) -> Span:
+        return 0, min(self._offset, capacity(self._buffers()))
 
     def _overwrite(self, new: Rows) -> None:
         """Put a single row in the place of the oldest, in buffers that are full."""

@@ -9,7 +9,7 @@ import mlx.core as mx
 from mlx_lm.models import cache as mlx_lm_cache
 
 from qsdpa_patch.caches.base import DEFAULT_FORMAT, QuantizedCache, saved
-from qsdpa_patch.caches.packed_rows import Rows, allocate, capacity, grow, next_capacity, select, write
+from qsdpa_patch.caches.packed_rows import Rows, Span, allocate, capacity, grow, next_capacity, select, write
 from qsdpa_patch.kernels.format import Format
 
 __all__ = ["QuantizedChunkedKVCache"]
@@ -61,9 +61,8 @@ class QuantizedChunkedKVCache(QuantizedCache):
         self.offset += count
         return self._hand_over(sys._getframe(1))
 
-    def _kept(self) -> Rows:
-        first = self._first
-        return select(self._buffers(), first, first + self.offset - self.start_position)
+    def _span(self) -> Span:
+        return self._first, self._first + self.offset - self.start_position
 
     def _make_room(self, count: int, like: Rows) -> None:
         """Buffers that take ``count`` more rows like those of ``like``."""

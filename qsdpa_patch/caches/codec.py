@@ -81,11 +81,12 @@ class QuantizingCodec:
     def decode(self, rows: Rows, sides: int) -> Sequence[mx.array]:
         return self.stack(rows, sides).tensors()
 
-    def stack(self, rows: Rows, sides: int) -> PackedStack:
-        """Stored rows of that many sides."""
+    def stack(self, rows: Rows, sides: int, count: int | None = None) -> PackedStack:
+        """Stored rows of that many sides: the first ``count``, or all."""
         return PackedStack(
-            rows[0], rows[1], sides, self.format, dim=self.dim, dtype=self.dtype, signatures=self._signatures
-        )
+            rows[0], rows[1], sides, self.format,
+            dim=self.dim, dtype=self.dtype, signatures=self._signatures, rows=count,
+        )  # fmt: skip
 
     def check(self, rows: Rows, sides: int) -> None:
         """Raise ValueError unless ``rows`` are such rows."""

@@ -76,16 +76,16 @@ class Layout:
             (keys,), (values,) = self.keys.decode(rows[:split], 1), self.values.decode(rows[split:], 1)
         return keys, values
 
-    def members(self, rows: Rows) -> tuple[StackMember, StackMember]:
-        """Stored rows, quantized on both sides, as attention takes them, without arrays."""
+    def members(self, rows: Rows, count: int | None = None) -> tuple[StackMember, StackMember]:
+        """Stored rows, quantized on both sides, for attention alone: the first ``count``, or all."""
         assert isinstance(self.keys, QuantizingCodec)
         assert isinstance(self.values, QuantizingCodec)
         if self.shared:
-            keys, values = self.keys.stack(rows, 2).members()
+            keys, values = self.keys.stack(rows, 2, count).members()
         else:
             split = self.keys.buffers
-            (keys,) = self.keys.stack(rows[:split], 1).members()
-            (values,) = self.values.stack(rows[split:], 1).members()
+            (keys,) = self.keys.stack(rows[:split], 1, count).members()
+            (values,) = self.values.stack(rows[split:], 1, count).members()
         return keys, values
 
     def check(self, rows: Rows) -> None:

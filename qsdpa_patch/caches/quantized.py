@@ -11,7 +11,7 @@ from mlx_lm.models import cache as mlx_lm_cache
 from qsdpa_patch.caches.base import DEFAULT_FORMAT, QuantizedCache, saved
 from qsdpa_patch.caches.codec import Codec, fit_codec
 from qsdpa_patch.caches.layout import Layout
-from qsdpa_patch.caches.packed_rows import Rows, append, select
+from qsdpa_patch.caches.packed_rows import Rows, Span, append, select
 from qsdpa_patch.kernels.format import Format
 from qsdpa_patch.kernels.quantized_tensor import dequantize_parts, stack_parts
 
@@ -44,8 +44,8 @@ class QuantizedKVCache(QuantizedCache):
         self.offset += keys.shape[2]
         return self._hand_over(sys._getframe(1))
 
-    def _kept(self) -> Rows:
-        return select(self._buffers(), 0, self.offset)
+    def _span(self) -> Span:
+        return 0, self.offset
 
     def rows_in_time(self, count: int) -> Rows:
         """The last ``count`` stored rows, oldest first."""

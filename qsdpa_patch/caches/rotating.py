@@ -9,7 +9,7 @@ import mlx.core as mx
 from mlx_lm.models import cache as mlx_lm_cache
 
 from qsdpa_patch.caches.base import DEFAULT_FORMAT, QuantizedCache, saved
-from qsdpa_patch.caches.packed_rows import Rows, Span, append, capacity, join, select, skip, view, write
+from qsdpa_patch.caches.packed_rows import Rows, Span, append, capacity, join, skip, write
 from qsdpa_patch.kernels.format import Format
 
 __all__ = ["QuantizedRotatingKVCache"]
@@ -63,9 +63,8 @@ class QuantizedRotatingKVCache(QuantizedCache):
         self.offset += count
         return self._hand_over(sys._getframe(1))
 
-    def _kept(self) -> Rows:
-        rows = self._buffers()
-        return select(rows, 0, self.offset) if self.offset < capacity(rows) else view(rows)
+    def _span(self) -> Span:
+        return 0, min(self.offset, capacity(self._buffers()))
 
     def _overwrite(self, new: Rows) -> None:
         """Put a single row in the place of the oldest, in buffers that are full."""

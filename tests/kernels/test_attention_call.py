@@ -26,7 +26,7 @@ def members(cache: QuantizedKVCache, count: int = 1, batch: int = 1, heads: int 
         cache.rows, cache.offset = None, 0
     cache.update_and_fetch(rows(batch, heads, count, 64), rows(batch, heads, count, 64))
     assert cache._layout is not None
-    return cache._layout.members(cache._kept())
+    return cache._layout.members(cache._buffers(), cache.offset)
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ def test_a_causal_mask_wants_as_many_keys_as_queries_at_every_call() -> None:
     cache.trim(2)
     assert cache._layout is not None
     with pytest.raises(ValueError, match="as many keys or more"):
-        check_call(queries, *cache._layout.members(cache._kept()), scale=1.0, mask="causal")
+        check_call(queries, *cache._layout.members(cache._buffers(), cache.offset), scale=1.0, mask="causal")
 
 
 def test_a_bad_call_over_a_known_cache_is_refused() -> None:
