@@ -13,6 +13,7 @@ from typing import Any
 import mlx.core as mx
 
 from qsdpa_patch.kernels.format import Format
+from qsdpa_patch.kernels.pending_rows import PendingRows
 from qsdpa_patch.kernels.rotation import rotate
 
 __all__ = [
@@ -161,15 +162,17 @@ class PackedStack:
         signatures: what calls over a cache's stacks, this one and those of other steps, were found to be (see
             :func:`~qsdpa_patch.kernels.attention_call.check_call`).
         rows: how many rows of the arrays belong to the tensors, from the first on; by default all.
+        pending: those of them that a kernel may still have to write (:mod:`qsdpa_patch.kernels.row_writing`).
 
     Attributes:
         buffers: the arrays as given.
-        codes, scales: the ``rows`` of them, as views that are made when they are asked for.
+        codes, scales: the ``rows`` of them, as views that are made when they are asked for, and there once the pending
+            rows are.
 
     Nothing is checked here, since a cache makes one at each step: see :meth:`check`.
     """
 
-    __slots__ = ("_views", "buffers", "count", "dim", "dtype", "format", "rows", "signatures")
+    __slots__ = ("_views", "buffers", "count", "dim", "dtype", "format", "pending", "rows", "signatures")
 
     def __init__(
         self,
@@ -182,8 +185,10 @@ class PackedStack:
         dtype: mx.Dtype,
         signatures: dict[Any, Any] | None = None,
         rows: int | None = None,
+        pending: PendingRows | None = None,
     ) -> None:
         self.buffers = (codes, scales)
+        self.pending = pending
         self.rows = codes.shape[2] if rows is None else rows
         self._views: tuple[mx.array, mx.array] | None = None
         self.count = count
@@ -202,7 +207,7 @@ class PackedStack:
 
     def _view(self) -> tuple[mx.array, mx.array]:
         if self._views is None:
-            codes, scales = self.buffers
+            codes, scales = self.buffers if self.pending is None else self.pending.then([*self.buffers])
             if codes.shape[2] != self.rows:
                 codes, scales = codes[:, :, : self.rows], scales[:, :, : self.rows]
             self._views = codes, scales

@@ -19,16 +19,17 @@ from qsdpa_patch.kernels.backends import default_backend_name, load_backend
 from qsdpa_patch.kernels.format import Format
 from qsdpa_patch.kernels.quantized_tensor import quantize_parts, stack_parts
 from qsdpa_patch.kernels.rotation import rotate
-from qsdpa_patch.kernels.row_kernel import PACK, RowKernel, Rows, can_rotate
+from qsdpa_patch.kernels.row_kernel import RowKernel, Rows, can_rotate, launch, thread_count
 
-__all__ = ["has_row_kernel", "quantize_rows", "quantize_rows_in_ops", "row_quantizer"]
+__all__ = [
+    "bytes_apart", "check_rows", "has_row_kernel", "quantize_rows", "quantize_rows_in_ops", "row_quantizer",
+    "sample_rows",
+]  # fmt: skip
 
 _log = logging.getLogger("qsdpa_patch")
 _DTYPES = (mx.float16, mx.bfloat16, mx.float32)
 _FEW = 16
 """Rows that are joined before they are quantized, which takes fewer operations; more are joined once they are small."""
-_THREADS = 128
-"""Threads of a threadgroup."""
 
 _Quantize = Callable[[list[mx.array]], list[mx.array]]
 
@@ -93,14 +94,13 @@ def _plan(format: Format, on_gpu: bool, *described: mx.Dtype | tuple[int, ...]) 
     """How sides of these dtypes, which come first, and shapes are quantized."""
     sides = len(described) // 2
     dtypes, shapes = cast(tuple[mx.Dtype, ...], described[:sides]), cast(tuple[tuple[int, ...], ...], described[sides:])
-    _check(format, dtypes, shapes)
+    check_rows(format, dtypes, shapes)
     batch, _, count, dim = shapes[0]
     heads = sum(shape[1] for shape in shapes)
     backend = default_backend_name() if on_gpu else "cpu"
     for packed in _formats_of_kernels(format, dim):
         rows = Rows(packed, dtypes[0], dim, len(shapes))
-        threads = batch * heads * count * (rows.padded // PACK)
-        if 0 < threads < 1 << 31 and has_row_kernel(backend, rows)[0]:
+        if 0 < thread_count(rows, batch, heads, count) < 1 << 31 and has_row_kernel(backend, rows)[0]:
             quantize = _prepared(_kernel(backend, rows), rows, batch, heads, count)
             return quantize if packed == format else partial(_rotated, quantize)
     return partial(quantize_rows_in_ops, format=format)
@@ -113,7 +113,7 @@ def _formats_of_kernels(format: Format, dim: int) -> list[Format]:
     return [format, format.packing] if can_rotate(dim) else [format.packing]
 
 
-def _check(format: Format, dtypes: tuple[mx.Dtype, ...], shapes: tuple[tuple[int, ...], ...]) -> None:
+def check_rows(format: Format, dtypes: tuple[mx.Dtype, ...], shapes: tuple[tuple[int, ...], ...]) -> None:
     """Raise unless arrays of these dtypes and shapes can be quantized together as ``format``."""
     if not 1 <= len(shapes) <= 2:
         raise ValueError(f"{len(shapes)} arrays are given: rows of one array, or of keys and values, are quantized")
@@ -149,16 +149,16 @@ def has_row_kernel(backend: str, rows: Rows) -> tuple[bool, str]:
 def _problem(backend: str, rows: Rows) -> str:
     """What is wrong with the kernel on this device, or an empty string."""
     try:
-        sides = _sample(rows)
+        sides = sample_rows(rows)
         batch, heads, count, _ = sides[0].shape
         actual = _prepared(_kernel(backend, rows), rows, batch, heads * len(sides), count)(sides)
-        wrong = _bytes_apart(actual, quantize_rows_in_ops(sides, rows.format))
+        wrong = bytes_apart(actual, quantize_rows_in_ops(sides, rows.format))
     except (RuntimeError, ValueError) as error:
         return f"the kernel that quantizes rows failed on this device: {error}"
     return f"the kernel that quantizes rows is wrong on this device: {wrong} bytes differ" if wrong else ""
 
 
-def _sample(rows: Rows) -> list[mx.array]:
+def sample_rows(rows: Rows) -> list[mx.array]:
     """Sides of few rows, not contiguous; among them rows of zeros, of one number, of small ones, and an outlier."""
     sides = []
     for side in range(rows.sides):
@@ -169,7 +169,7 @@ def _sample(rows: Rows) -> list[mx.array]:
     return sides
 
 
-def _bytes_apart(actual: Sequence[mx.array], wanted: Sequence[mx.array]) -> int:
+def bytes_apart(actual: Sequence[mx.array], wanted: Sequence[mx.array]) -> int:
     return sum(int(mx.sum(a.view(mx.uint8) != w.view(mx.uint8))) for a, w in zip(actual, wanted))
 
 
@@ -182,15 +182,13 @@ def _kernel(backend: str, rows: Rows) -> RowKernel:
 def _prepared(kernel: RowKernel, rows: Rows, batch: int, heads: int, count: int) -> _Quantize:
     """``kernel`` for inputs of these sizes."""
     format, padded = rows.format, rows.padded
-    threads = batch * heads * count * (padded // PACK)
     planes = heads * (2 if format.has_biases else 1)
-    launch: dict[str, Any] = {
-        "grid": (-(-threads // 32) * 32, 1, 1),  # whole warps: all threads of one take part in its exchanges
-        "threadgroup": (_THREADS, 1, 1),
+    arguments: dict[str, Any] = {
+        **launch(thread_count(rows, batch, heads, count)),
         "output_shapes": [(batch, heads, count, format.words(padded)), (batch, planes, count, format.groups(padded))],
         "output_dtypes": [mx.uint32, rows.dtype if format.is_affine else mx.uint8],
     }
-    return lambda sides: kernel(inputs=sides, **launch)
+    return lambda sides: kernel(inputs=sides, **arguments)
 
 
 def _rotated(quantize: _Quantize, sides: list[mx.array]) -> list[mx.array]:

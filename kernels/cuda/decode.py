@@ -10,7 +10,7 @@ import mlx.core as mx
 from qsdpa_patch.kernels.attention_call import AttentionCall
 from qsdpa_patch.kernels.cuda.custom_kernel import CustomKernel, custom_kernel
 from qsdpa_patch.kernels.cuda.decode_plan import DecodePlan
-from qsdpa_patch.kernels.cuda.scales import device_scale, repeated_scale
+from qsdpa_patch.kernels.cuda.scales import device_scale, repeated
 from qsdpa_patch.kernels.cuda.source import (
     DECODE_HEADERS,
     DECODE_OUTPUTS,
@@ -68,8 +68,11 @@ class DecodeKernel:
         if call.rope is not None:
             inputs += (call.rope.queries, call.rope.keys)
         count = call.key_count
-        scale = device_scale(call.scale) if stack is None else repeated_scale(call.scale, count)
-        inputs += (scale, take_tickets(self._ticket_size))
+        tickets = take_tickets(self._ticket_size)
+        if stack is None:
+            inputs += (device_scale(call.scale), tickets)
+        else:  # without rows that a kernel of ours writes, any array will do in their place
+            inputs += (repeated(call.scale, count), tickets, tickets if stack.pending is None else stack.pending.token)
         kernel = self._variant(mask, call.sinks, stack is not None)
         return kernel(inputs=inputs, **self._launch_over(count))[0]
 

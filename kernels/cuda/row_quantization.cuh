@@ -22,6 +22,17 @@ struct Side {
   long long batch_stride, head_stride, row_stride, stride;
 };
 
+// Stored rows [B, planes, N, width], with their strides in elements.
+template <typename T>
+struct Planes {
+  T* data;
+  long long batch_stride, plane_stride, row_stride;
+
+  __device__ __forceinline__ T* row(unsigned sequence, unsigned plane, unsigned place) const {
+    return data + sequence * batch_stride + plane * plane_stride + place * row_stride;
+  }
+};
+
 // Numbers `first` to `first + 8` of a row of `DIM`; beyond its end the last one, again and again.
 template <int DIM, typename T>
 __device__ __forceinline__ void load_pack(float (&x)[PACK], const T* row, long long stride, int first) {
@@ -195,13 +206,13 @@ __device__ __forceinline__ unsigned long long float_codes(const float (&x)[PACK]
 // Rows of `DIM` numbers, stored as `PADDED`, and rotated first in blocks of `BLOCK` unless that is 0; `second` has no
 // heads where there is one side. There are as many threads as packs, rounded up to whole warps.
 //
-// codes: [batch, first.heads + second.heads, count, PADDED * BITS / 8] bytes. scales: [batch, planes, count, PADDED /
+// codes: [batch, first.heads + second.heads, count, PADDED * BITS / 32] words. scales: [batch, planes, count, PADDED /
 // GROUP], where planes are the heads, and where there are biases as many again for them.
 template <int BITS, int GROUP, int MODE, int DIM, int PADDED, int BLOCK, typename T, typename Scale>
 __device__ __forceinline__ void quantize_rows(
-    Side<T> first, Side<T> second, unsigned batch, unsigned count, float rotation_scale, unsigned* codes, Scale* scales,
-    unsigned thread) {
-  constexpr unsigned PACKS = PADDED / PACK, LANES = GROUP / PACK, GROUPS = PADDED / GROUP;
+    Side<T> first, Side<T> second, unsigned batch, unsigned count, float rotation_scale, Planes<unsigned> codes,
+    Planes<Scale> scales, unsigned thread) {
+  constexpr unsigned PACKS = PADDED / PACK, LANES = GROUP / PACK;
   const unsigned first_heads = first.heads, heads = first_heads + second.heads;
   const bool inside = thread < batch * heads * count * PACKS;  // all threads of a warp take part in exchanges
   const unsigned row = inside ? thread / PACKS : 0, pack = thread % PACKS;
@@ -220,16 +231,28 @@ __device__ __forceinline__ void quantize_rows(
     range_of_group<LANES>(x, low, high);
     packed = affine_codes<BITS>(x, low, high, scale, bias);
     if (leads) {
-      Scale* out = scales + ((sequence * 2ull * heads + head) * count + place) * GROUPS + pack / LANES;
-      out[0] = static_cast<Scale>(scale);
-      out[static_cast<unsigned long long>(heads) * count * GROUPS] = static_cast<Scale>(bias);
+      scales.row(sequence, head, place)[pack / LANES] = static_cast<Scale>(scale);
+      scales.row(sequence, heads + head, place)[pack / LANES] = static_cast<Scale>(bias);
     }
   } else {
     unsigned char scale;
     packed = float_codes<MODE>(x, largest_of_group<LANES>(x), scale);
-    if (leads) scales[thread / LANES] = scale;
+    if (leads) scales.row(sequence, head, place)[pack / LANES] = scale;
   }
-  if (inside) store_pack<BITS>(reinterpret_cast<unsigned char*>(codes) + 1ull * thread * BITS, packed);
+  if (inside) store_pack<BITS>(reinterpret_cast<unsigned char*>(codes.row(sequence, head, place)) + pack * BITS, packed);
+}
+
+// The same, into arrays that hold nothing else.
+template <int BITS, int GROUP, int MODE, int DIM, int PADDED, int BLOCK, typename T, typename Scale>
+__device__ __forceinline__ void quantize_rows(
+    Side<T> first, Side<T> second, unsigned batch, unsigned count, float rotation_scale, unsigned* codes, Scale* scales,
+    unsigned thread) {
+  constexpr long long WORDS = PADDED * BITS / 32, GROUPS = PADDED / GROUP;
+  const long long heads = first.heads + second.heads, planes = MODE == AFFINE ? 2 * heads : heads;
+  const Planes<unsigned> code_rows{codes, heads * count * WORDS, count * WORDS, WORDS};
+  const Planes<Scale> scale_rows{scales, planes * count * GROUPS, count * GROUPS, GROUPS};
+  quantize_rows<BITS, GROUP, MODE, DIM, PADDED, BLOCK>(
+      first, second, batch, count, rotation_scale, code_rows, scale_rows, thread);
 }
 
 }  // namespace qsdpa

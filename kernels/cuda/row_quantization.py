@@ -8,14 +8,14 @@ from qsdpa_patch.kernels.cuda.custom_kernel import custom_kernel
 from qsdpa_patch.kernels.cuda.source import cuda_type, format_mode, headers
 from qsdpa_patch.kernels.row_kernel import OUTPUTS, RowKernel, Rows, kernel_body
 
-__all__ = ["row_kernel"]
+__all__ = ["THREAD", "row_kernel"]
 
-_THREAD = "blockIdx.x * blockDim.x + threadIdx.x"
+THREAD = "blockIdx.x * blockDim.x + threadIdx.x"
 
 
 @cache
 def row_kernel(rows: Rows) -> RowKernel:
     """The kernel for ``rows``, compiled by MLX when a result of it is first evaluated."""
-    body = kernel_body(rows, cuda_type(rows.dtype), format_mode(rows.format), _THREAD)
+    body = kernel_body(rows, cuda_type(rows.dtype), format_mode(rows.format), THREAD)
     header = headers(("row_quantization.cuh",))
     return custom_kernel("qsdpa_quantize_rows", rows.inputs, OUTPUTS, f"using namespace qsdpa;\n{body}", header)

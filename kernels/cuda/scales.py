@@ -8,7 +8,7 @@ import mlx.core as mx
 
 from qsdpa_patch.kernels.cuda.tickets import start
 
-__all__ = ["device_scale", "repeated_scale"]
+__all__ = ["device_scale", "repeated"]
 
 _KEPT = 64
 _COPIES = 64
@@ -27,7 +27,7 @@ def device_scale(scale: float) -> mx.array:
 
 
 class _Thread(threading.local):
-    """A thread's latest arrays of :func:`repeated_scale`, by the scale."""
+    """A thread's latest arrays of :func:`repeated`, by the number."""
 
     def __init__(self) -> None:
         self.latest: dict[float, tuple[int, mx.array]] = {}
@@ -36,15 +36,15 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
-def repeated_scale(scale: float, count: int) -> mx.array:
-    """``scale`` in device memory, as an array ``[count]`` of strides 0.
+def repeated(number: float, count: int) -> mx.array:
+    """``number`` in device memory, as an array ``[count]`` of strides 0.
 
-    Kernels that get whole buffers of a cache learn from its length how many keys there are: a number costs an array,
-    and a slice of each buffer two. Mostly the layer before asked for the same.
+    Kernels that get whole buffers of a cache learn from its length how many rows belong to it: a number would cost an
+    array for each, and a slice of each buffer two. Mostly the layer before asked for the same.
     """
-    latest = _thread.latest.get(scale)
+    latest = _thread.latest.get(number)
     if latest is None or latest[0] != count:
         if len(_thread.latest) >= _KEPT:
             _thread.latest.clear()
-        latest = _thread.latest[scale] = count, mx.broadcast_to(device_scale(scale)[:1], (count,))
+        latest = _thread.latest[number] = count, mx.broadcast_to(device_scale(number)[:1], (count,))
     return latest[1]

@@ -94,7 +94,10 @@ def _end_of_bounds(name: str) -> str:
 
 
 def decode_inputs(sig: Signature, stacked: bool = False) -> list[str]:
-    """Names of the inputs of the decode kernel, in order. ``stacked``: keys and values are in two arrays."""
+    """Names of the inputs of the decode kernel, in order.
+
+    stacked: keys and values are in two arrays. The last input then is no operand: MLX runs what it comes from before.
+    """
     if stacked:
         names = ["queries", "codes", "all_scales"]
     else:
@@ -105,7 +108,7 @@ def decode_inputs(sig: Signature, stacked: bool = False) -> list[str]:
     names += ["mask"] * (sig.mask in ("bool", "additive"))
     names += ["sinks"] * sig.has_sinks
     names += ["rope_queries", "rope_keys"] * (sig.rope_dim > 0)
-    return [*names, "scale", "tickets"]
+    return [*names, "scale", "tickets"] + ["written"] * stacked
 
 
 _OPERANDS = (

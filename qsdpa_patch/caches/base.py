@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from types import FrameType
 from typing import Any, ClassVar, TypeVar
 
 import mlx.core as mx
@@ -12,9 +11,10 @@ from mlx_lm.models.cache import _BaseCache
 from qsdpa_patch.caches.codec import as_format, fit_codec
 from qsdpa_patch.caches.header import Header, read_header, write_header
 from qsdpa_patch.caches.layout import Layout
-from qsdpa_patch.caches.packed_rows import Rows, Span, capacity, select, view
-from qsdpa_patch.callers import only_attends
+from qsdpa_patch.caches.packed_rows import Rows, Span, append, capacity, select, view
+from qsdpa_patch.caches.spare_rows import SpareRows
 from qsdpa_patch.kernels.format import Format
+from qsdpa_patch.kernels.pending_rows import PendingRows
 from qsdpa_patch.kernels.rotation import MIN_BLOCK
 from qsdpa_patch.layer_tags import set_tag, tag_of
 from qsdpa_patch.report import recorder
@@ -61,7 +61,11 @@ class QuantizedCache(_BaseCache, ABC):  # type: ignore[misc] # mlx-lm has no ann
     _counters: ClassVar[dict[str, type]] = {"offset": int}
     """Attributes that the state holds beside the buffers, and their types."""
 
-    rows: Rows | None
+    _rows: Rows | None = None
+    _spare: SpareRows | None = None
+    _pending: PendingRows | None = None
+    _most_in_place = 16
+    """New rows of a sequence that a kernel may write into the buffers: of more, attention reads them otherwise."""
     offset: Any
     key_format: Format | None
     value_format: Format | None
@@ -70,13 +74,34 @@ class QuantizedCache(_BaseCache, ABC):  # type: ignore[misc] # mlx-lm has no ann
     def __init__(
         self, key_format: Format | str | None = DEFAULT_FORMAT, value_format: Format | str | None = "same"
     ) -> None:
-        self.rows = None
         self.key_format = as_format(key_format, "key_format")
         self.value_format = self.key_format if value_format == "same" else as_format(value_format, "value_format")
         self._layout = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles take over: all but the right to write into the buffers."""
+        return {**self.__dict__, "_rows": self.rows, "_pending": None, "_spare": None}
+
     def empty(self) -> bool:
-        return self.rows is None
+        return self._rows is None
+
+    @property
+    def rows(self) -> Rows | None:
+        """The buffers, for any operation: with all rows in them, or sure to be there before it."""
+        if self._pending is not None:
+            self._settle(self._pending)
+        return self._rows
+
+    @rows.setter
+    def rows(self, rows: Rows | None) -> None:
+        self._rows, self._pending = rows, None
+
+    def _settle(self, pending: PendingRows) -> None:
+        """Have the buffers depend on what a kernel writes into them."""
+        assert self._rows is not None
+        assert self._spare is not None
+        self.rows = pending.then(self._rows)
+        self._spare = SpareRows(self._rows, self._spare.first)
 
     @property
     def keys(self) -> Rows | None:
@@ -95,7 +120,7 @@ class QuantizedCache(_BaseCache, ABC):  # type: ignore[misc] # mlx-lm has no ann
     @property
     def nbytes(self) -> int:
         """Bytes of the packed buffers."""
-        return sum(x.nbytes for x in self.rows or ())
+        return sum(x.nbytes for x in self._rows or ())
 
     @property
     def state(self) -> tuple[Any, ...]:
@@ -131,9 +156,45 @@ class QuantizedCache(_BaseCache, ABC):  # type: ignore[misc] # mlx-lm has no ann
 
     def _buffers(self) -> Rows:
         """The buffers of a cache that has seen rows."""
-        if self.rows is None:
+        rows = self.rows
+        if rows is None:
             raise ValueError(f"this {type(self).__qualname__} is empty")
-        return self.rows
+        return rows
+
+    @property
+    def _capacity(self) -> int:
+        """Number of rows that the buffers hold."""
+        return 0 if self._rows is None else capacity(self._rows)
+
+    def _append(self, start: int, keys: mx.array, values: mx.array, attends: bool, limit: int | None = None) -> None:
+        """Store new rows from row ``start`` on, in buffers of up to ``limit`` rows.
+
+        attends: whether whoever gets all rows, from :meth:`_hand_over`, only attends to them.
+        """
+        if not (attends and self._write_in_place(start, keys, values)):
+            self.rows = append(self.rows, start, self._encode(keys, values), limit)
+            self._spare = SpareRows(self.rows, start + keys.shape[2])
+
+    def _write_in_place(self, start: int, keys: mx.array, values: mx.array) -> bool:
+        """Have a kernel write new rows straight into the buffers, from row ``start`` on, and say so if it can.
+
+        For few rows, whose attention reads packed ones: whatever else needed them would have to wait for them.
+        """
+        rows, spare, pending, count = self._rows, self._spare, self._pending, keys.shape[2]
+        if rows is None or spare is None:
+            return False
+        if pending is not None and pending.awaited:  # of so many, attention takes another route, and will again
+            self._most_in_place = min(self._most_in_place, pending.count - 1)
+        stop = start + count
+        if count > self._most_in_place or not spare.hold(rows, start, stop):
+            return False
+        assert self._layout is not None
+        write = self._layout.writer(keys, values)
+        if write is None:
+            return False
+        token = write([keys, values], rows, stop, None if pending is None else pending.token)
+        self._pending, spare.first = PendingRows(token, count), stop
+        return True
 
     def _encode(self, keys: mx.array, values: mx.array) -> Rows:
         """New rows as they are stored. The first ones fix how."""
@@ -174,13 +235,14 @@ class QuantizedCache(_BaseCache, ABC):  # type: ignore[misc] # mlx-lm has no ann
     def _span(self) -> Span:
         """Which rows of the buffers attention gets."""
 
-    def _hand_over(self, caller: FrameType) -> tuple[Any, Any]:
-        """:meth:`keys_and_values` for the function that runs in ``caller``; no arrays, where it has no use for them."""
+    def _hand_over(self, attends: bool) -> tuple[Any, Any]:
+        """:meth:`keys_and_values` for a function that may do nothing but attend to them: then without arrays."""
         assert self._layout is not None
-        if self._layout.quantized and only_attends(caller):
+        if attends and self._layout.quantized:
+            assert self._rows is not None
             start, stop = self._span()
-            rows = self._buffers()
-            return self._layout.members(select(rows, start, stop) if start else rows, stop - start)
+            rows = select(self._rows, start, stop) if start else self._rows
+            return self._layout.members(rows, stop - start, self._pending)
         return self.keys_and_values()
 
     def _decode(self, rows: Rows) -> tuple[mx.array, mx.array]:

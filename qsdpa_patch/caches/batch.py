@@ -11,8 +11,9 @@ from mlx_lm.models import cache as mlx_lm_cache
 from qsdpa_patch.caches.base import DEFAULT_FORMAT, saved
 from qsdpa_patch.caches.batch_base import BatchQuantizedCache
 from qsdpa_patch.caches.latent import LatentCache, QuantizedLatentCache
-from qsdpa_patch.caches.packed_rows import Span, append, capacity, compact, pick, roll_each, select
+from qsdpa_patch.caches.packed_rows import Span, capacity, compact, pick, roll_each, select
 from qsdpa_patch.caches.quantized import QuantizedKVCache
+from qsdpa_patch.callers import only_attends
 from qsdpa_patch.kernels.format import Format
 
 __all__ = ["BatchQuantizedKVCache", "BatchQuantizedLatentCache"]
@@ -36,10 +37,11 @@ class BatchQuantizedKVCache(BatchQuantizedCache):
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Append ``keys [B, H, S, D]`` and ``values [B, H, S, Dv]``; all rows, as attention gets them."""
-        self.rows = append(self.rows, self._idx, self._encode(keys, values))
+        attends = only_attends(sys._getframe(1))
+        self._append(self._idx, keys, values, attends)
         self.offset = self.offset + keys.shape[2]
         self._idx += keys.shape[2]
-        return self._hand_over(sys._getframe(1))
+        return self._hand_over(attends)
 
     def _span(self) -> Span:
         return 0, self._idx

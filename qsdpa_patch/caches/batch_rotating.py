@@ -24,6 +24,7 @@ from qsdpa_patch.caches.packed_rows import (
     write,
 )
 from qsdpa_patch.caches.rotating import QuantizedRotatingKVCache
+from qsdpa_patch.callers import only_attends
 from qsdpa_patch.kernels.format import Format
 
 __all__ = ["BatchQuantizedRotatingKVCache"]
@@ -84,10 +85,10 @@ class BatchQuantizedRotatingKVCache(BatchQuantizedCache):
         self._offset += count
         # The counters are evaluated with the rows: their graphs would grow without end otherwise.
         self.rows = mx.depends(self._buffers(), (self.left_padding, self.offset))
-        return self._hand_over(sys._getframe(1))
+        return self._hand_over(only_attends(sys._getframe(1)))
 
     def _span(self) -> Span:
-        return 0, min(self._offset, capacity(self._buffers()))
+        return 0, min(self._offset, self._capacity)
 
     def _overwrite(self, new: Rows) -> None:
         """Put a single row in the place of the oldest, in buffers that are full."""

@@ -9,7 +9,8 @@ import mlx.core as mx
 from mlx_lm.models import cache as mlx_lm_cache
 
 from qsdpa_patch.caches.base import DEFAULT_FORMAT, QuantizedCache, saved
-from qsdpa_patch.caches.packed_rows import Rows, Span, allocate, capacity, grow, next_capacity, select, write
+from qsdpa_patch.caches.packed_rows import Span, grow, next_capacity, select
+from qsdpa_patch.callers import only_attends
 from qsdpa_patch.kernels.format import Format
 
 __all__ = ["QuantizedChunkedKVCache"]
@@ -47,30 +48,28 @@ class QuantizedChunkedKVCache(QuantizedCache):
     def maybe_trim_front(self) -> None:
         """Drop all but the last ``chunk_size`` rows."""
         surplus = self.offset - self.start_position - self.chunk_size
-        if self.rows is not None and surplus > 0:
+        if not self.empty() and surplus > 0:
             self.start_position += surplus
             self._first += surplus
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Append ``keys [B, H, S, D]`` and ``values [B, H, S, Dv]``; the rows kept, as attention gets them."""
-        new = self._encode(keys, values)
+        attends = only_attends(sys._getframe(1))
         count = keys.shape[2]
-        self._make_room(count, new)
-        start = self._first + self.offset - self.start_position
-        write(self._buffers(), start, start + count, new)
+        used = self.offset - self.start_position
+        if self._first + used + count > self._capacity:
+            self._make_room(used, count)
+        self._append(self._first + used, keys, values, attends)
         self.offset += count
-        return self._hand_over(sys._getframe(1))
+        return self._hand_over(attends)
 
     def _span(self) -> Span:
         return self._first, self._first + self.offset - self.start_position
 
-    def _make_room(self, count: int, like: Rows) -> None:
-        """Buffers that take ``count`` more rows like those of ``like``."""
-        used = self.offset - self.start_position
-        if self.rows is None:
-            self.rows = allocate(like, next_capacity(used + count))
-        elif self._first + used + count > capacity(self.rows):
-            kept = select(self.rows, self._first, self._first + used)
+    def _make_room(self, used: int, count: int) -> None:
+        """Buffers that take ``count`` rows more than the ``used`` ones, which come first in them."""
+        if not self.empty():
+            kept = select(self._buffers(), self._first, self._first + used)
             self.rows = grow(kept, used, next_capacity(used + count, used))
             self._first = 0
 

@@ -14,8 +14,10 @@ import mlx.core as mx
 from qsdpa_patch.caches.packed_rows import Rows
 from qsdpa_patch.kernels.dtypes import dtype_name, dtype_of_name
 from qsdpa_patch.kernels.format import Format
+from qsdpa_patch.kernels.pending_rows import PendingRows
 from qsdpa_patch.kernels.quantized_tensor import PackedStack
 from qsdpa_patch.kernels.row_quantization import quantize_rows, row_quantizer
+from qsdpa_patch.kernels.row_writing import RowWriter, row_writer
 
 __all__ = ["Codec", "Encoder", "PlainCodec", "QuantizingCodec", "as_format", "fit_codec"]
 
@@ -81,11 +83,17 @@ class QuantizingCodec:
     def decode(self, rows: Rows, sides: int) -> Sequence[mx.array]:
         return self.stack(rows, sides).tensors()
 
-    def stack(self, rows: Rows, sides: int, count: int | None = None) -> PackedStack:
+    def writer(self, sides: list[mx.array]) -> RowWriter | None:
+        """What stores such sides in buffers that are there, where a kernel of the default device can."""
+        return row_writer(sides, self.format) if all(x.dtype == self.dtype for x in sides) else None
+
+    def stack(
+        self, rows: Rows, sides: int, count: int | None = None, pending: PendingRows | None = None
+    ) -> PackedStack:
         """Stored rows of that many sides: the first ``count``, or all."""
         return PackedStack(
             rows[0], rows[1], sides, self.format,
-            dim=self.dim, dtype=self.dtype, signatures=self._signatures, rows=count,
+            dim=self.dim, dtype=self.dtype, signatures=self._signatures, rows=count, pending=pending,
         )  # fmt: skip
 
     def check(self, rows: Rows, sides: int) -> None:

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 
 from qsdpa_patch.caches.codec import Codec, Encoder, QuantizingCodec
 from qsdpa_patch.caches.packed_rows import Rows
+from qsdpa_patch.kernels.pending_rows import PendingRows
 from qsdpa_patch.kernels.quantized_tensor import StackMember
+from qsdpa_patch.kernels.row_writing import RowWriter
 
 __all__ = ["Layout"]
 
-_MOST_ENCODERS = 16
-"""Kinds of new rows that a layout remembers how to encode."""
+_MOST_KINDS = 16
+"""Kinds of new rows that a layout remembers how to store."""
+
+_Kind = tuple[object, ...]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -28,7 +33,8 @@ class Layout:
 
     keys: Codec
     values: Codec
-    _encoders: dict[tuple[object, ...], Encoder] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _encoders: dict[_Kind, Encoder] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _writers: dict[_Kind, RowWriter | None] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @cached_property
     def quantized(self) -> bool:
@@ -46,26 +52,41 @@ class Layout:
         Raises:
             ValueError: rows of another shape.
         """
-        kind = keys.shape, values.shape, keys.dtype, values.dtype, mx.default_device() == mx.gpu
+        kind = _kind(keys, values)
         encoder = self._encoders.get(kind)
         if encoder is None:
-            if len(self._encoders) >= _MOST_ENCODERS:
-                self._encoders.clear()
-            encoder = self._encoders[kind] = self._encoder(keys, values)
+            encoder = _remember(self._encoders, kind, self._encoder(keys, values))
         return encoder([keys, values])
+
+    def writer(self, keys: mx.array, values: mx.array) -> RowWriter | None:
+        """What stores such new rows, as :meth:`encode` does, in buffers that are there; ``None`` where no kernel can.
+
+        Raises:
+            ValueError: rows of another shape.
+        """
+        kind = _kind(keys, values)
+        if kind in self._writers:
+            return self._writers[kind]
+        self._check_new(keys, values)
+        writer = self.keys.writer([keys, values]) if self.shared and isinstance(self.keys, QuantizingCodec) else None
+        return _remember(self._writers, kind, writer)
 
     def _encoder(self, keys: mx.array, values: mx.array) -> Encoder:
         """What encodes new rows of these shapes and dtypes."""
+        self._check_new(keys, values)
+        if self.shared:
+            return self.keys.encoder([keys, values])
+        encode_keys, encode_values = self.keys.encoder([keys]), self.values.encoder([values])
+        return lambda sides: encode_keys(sides[:1]) + encode_values(sides[1:])
+
+    def _check_new(self, keys: mx.array, values: mx.array) -> None:
+        """Raise ValueError unless new rows have the shapes that are stored."""
         key_shape, value_shape = keys.shape, values.shape
         for shape, codec in ((key_shape, self.keys), (value_shape, self.values)):
             if len(shape) != 4 or shape[3] != codec.dim:
                 raise ValueError(f"new rows have shape {shape}: this cache takes [batch, heads, count, {codec.dim}]")
         if key_shape[:3] != value_shape[:3]:
             raise ValueError(f"new keys {key_shape} and values {value_shape} differ in batch, heads or count")
-        if self.shared:
-            return self.keys.encoder([keys, values])
-        encode_keys, encode_values = self.keys.encoder([keys]), self.values.encoder([values])
-        return lambda sides: encode_keys(sides[:1]) + encode_values(sides[1:])
 
     def decode(self, rows: Rows) -> tuple[mx.array, mx.array]:
         """Stored rows as attention gets them: a :class:`QuantizedTensor` each, or plain rows."""
@@ -76,12 +97,17 @@ class Layout:
             (keys,), (values,) = self.keys.decode(rows[:split], 1), self.values.decode(rows[split:], 1)
         return keys, values
 
-    def members(self, rows: Rows, count: int | None = None) -> tuple[StackMember, StackMember]:
-        """Stored rows, quantized on both sides, for attention alone: the first ``count``, or all."""
+    def members(
+        self, rows: Rows, count: int | None = None, pending: PendingRows | None = None
+    ) -> tuple[StackMember, StackMember]:
+        """Stored rows, quantized on both sides, for attention alone: the first ``count``, or all.
+
+        pending: those of them that a writer may still have to write.
+        """
         assert isinstance(self.keys, QuantizingCodec)
         assert isinstance(self.values, QuantizingCodec)
         if self.shared:
-            keys, values = self.keys.stack(rows, 2, count).members()
+            keys, values = self.keys.stack(rows, 2, count, pending).members()
         else:
             split = self.keys.buffers
             (keys,) = self.keys.stack(rows[:split], 1, count).members()
@@ -108,3 +134,15 @@ class Layout:
 
     def __reduce__(self) -> Any:
         return Layout, (self.keys, self.values)
+
+
+def _kind(keys: mx.array, values: mx.array) -> _Kind:
+    """All that the way to store new rows depends on."""
+    return keys.shape, values.shape, keys.dtype, values.dtype, mx.default_device() == mx.gpu
+
+
+def _remember(known: dict[_Kind, T], kind: _Kind, value: T) -> T:
+    if len(known) >= _MOST_KINDS:
+        known.clear()
+    known[kind] = value
+    return value

@@ -11,7 +11,8 @@ from mlx_lm.models import cache as mlx_lm_cache
 from qsdpa_patch.caches.base import DEFAULT_FORMAT, QuantizedCache, saved
 from qsdpa_patch.caches.codec import Codec, fit_codec
 from qsdpa_patch.caches.layout import Layout
-from qsdpa_patch.caches.packed_rows import Rows, Span, append, select
+from qsdpa_patch.caches.packed_rows import Rows, Span, select
+from qsdpa_patch.callers import only_attends
 from qsdpa_patch.kernels.format import Format
 from qsdpa_patch.kernels.quantized_tensor import dequantize_parts, stack_parts
 
@@ -40,9 +41,10 @@ class QuantizedKVCache(QuantizedCache):
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Append ``keys [B, H, S, D]`` and ``values [B, H, S, Dv]``; all rows, as attention gets them."""
-        self.rows = append(self.rows, self.offset, self._encode(keys, values))
+        attends = only_attends(sys._getframe(1))
+        self._append(self.offset, keys, values, attends)
         self.offset += keys.shape[2]
-        return self._hand_over(sys._getframe(1))
+        return self._hand_over(attends)
 
     def _span(self) -> Span:
         return 0, self.offset

@@ -9,7 +9,8 @@ import mlx.core as mx
 from mlx_lm.models import cache as mlx_lm_cache
 
 from qsdpa_patch.caches.base import DEFAULT_FORMAT, QuantizedCache, saved
-from qsdpa_patch.caches.packed_rows import Rows, Span, append, capacity, join, skip, write
+from qsdpa_patch.caches.packed_rows import Rows, Span, capacity, join, skip, write
+from qsdpa_patch.callers import only_attends
 from qsdpa_patch.kernels.format import Format
 
 __all__ = ["QuantizedRotatingKVCache"]
@@ -51,20 +52,20 @@ class QuantizedRotatingKVCache(QuantizedCache):
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Append ``keys [B, H, S, D]`` and ``values [B, H, S, Dv]``; the rows kept, as attention gets them."""
-        new = self._encode(keys, values)
+        attends = only_attends(sys._getframe(1))
         count = keys.shape[2]
         if self.offset + count <= self.max_size:
-            self.rows = append(self.rows, self.offset, new, self.max_size)
+            self._append(self.offset, keys, values, attends, self.max_size)
             self._idx = self.offset + count
         elif count == 1:
-            self._overwrite(new)
+            self._overwrite(self._encode(keys, values))
         else:
-            self._append_in_time(new)
+            self._append_in_time(self._encode(keys, values))
         self.offset += count
-        return self._hand_over(sys._getframe(1))
+        return self._hand_over(attends)
 
     def _span(self) -> Span:
-        return 0, min(self.offset, capacity(self._buffers()))
+        return 0, min(self.offset, self._capacity)
 
     def _overwrite(self, new: Rows) -> None:
         """Put a single row in the place of the oldest, in buffers that are full."""

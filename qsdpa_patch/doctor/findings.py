@@ -26,6 +26,7 @@ from qsdpa_patch.kernels.dtypes import dtype_name
 from qsdpa_patch.kernels.format import Format
 from qsdpa_patch.kernels.row_kernel import Rows
 from qsdpa_patch.kernels.row_quantization import has_row_kernel
+from qsdpa_patch.kernels.row_writing import can_write_rows
 from qsdpa_patch.settings import installed_model_types, is_truthy, resolve_settings
 from qsdpa_patch.targets import TARGETS, source_hash
 
@@ -158,14 +159,17 @@ def _kernels() -> Iterator[Finding]:
 
 
 def _row_kernels() -> Iterator[Finding]:
-    """Whether keys and values that come new into a cache are quantized by one kernel; likewise made ready here."""
-    dtype = _cache_dtype()
+    """Whether one kernel quantizes keys and values that come new into a cache; likewise made ready here."""
+    dtype, backend = _cache_dtype(), default_backend_name()
     for format in (Format.affine(4), Format.affine(8)):
+        rows = Rows(format, dtype, 128, 2)
         start = time.perf_counter()
-        taken, reason = has_row_kernel(default_backend_name(), Rows(format, dtype, 128, 2))
+        taken, reason = has_row_kernel(backend, rows)
+        in_place = can_write_rows(backend, rows)[0]
         seconds = time.perf_counter() - start
+        how = f"one kernel{', straight into the buffers' if in_place else ''} ({seconds:.2f} s to get ready)"
         text = f"append D 128, {format}, {dtype_name(dtype)}: "
-        yield Finding("kernels", text + (f"one kernel ({seconds:.2f} s to get ready)" if taken else f"ops: {reason}"))
+        yield Finding("kernels", text + (how if taken else f"ops: {reason}"))
 
 
 def _cache_dtype() -> mx.Dtype:

@@ -20,9 +20,11 @@ from qsdpa_patch.kernels.cuda.mla_plan import mla_plan
 from qsdpa_patch.kernels.cuda.prefill import PrefillKernel
 from qsdpa_patch.kernels.cuda.prefill_plan import prefill_plan
 from qsdpa_patch.kernels.cuda.row_quantization import row_kernel
+from qsdpa_patch.kernels.cuda.row_writing import row_writer, writing_kernel
 from qsdpa_patch.kernels.cuda.wide_plan import wide_plan
 from qsdpa_patch.kernels.format import Format
-from qsdpa_patch.kernels.row_kernel import OUTPUTS, Rows
+from qsdpa_patch.kernels.row_kernel import OUTPUTS, Rows, launch
+from qsdpa_patch.kernels.row_quantization import quantize_rows_in_ops
 from tests.attention_cases import Case, build
 
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc, which compiles CUDA, is not installed")
@@ -168,5 +170,16 @@ def test_quantizing_rows(compiled: Callable[[str], list[str]], format: Format) -
     kernel = row_kernel.__wrapped__(Rows(format, mx.float16, 128, 1))
     scales = mx.float16 if format.is_affine else mx.uint8
     kernel(inputs=[rows], output_shapes=[(1,)] * len(OUTPUTS), output_dtypes=[mx.uint32, scales])
+    (messages,) = compiled("80")
+    assert _spilled(messages) == 0
+
+
+@pytest.mark.parametrize("format", [Format.affine(3), Format.affine(4, rotated=True), Format.named("nvfp4")], ids=str)
+def test_writing_rows(compiled: Callable[[str], list[str]], format: Format) -> None:
+    rows = [mx.zeros((1, 2, 3, 128), mx.float16)] * 2
+    writing_kernel.cache_clear()
+    write = row_writer(Rows(format, mx.float16, 128, 2), launch(192))
+    write(rows, [mx.zeros_like(x) for x in quantize_rows_in_ops(rows, format)], 3, None)
+    writing_kernel.cache_clear()
     (messages,) = compiled("80")
     assert _spilled(messages) == 0

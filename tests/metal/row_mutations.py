@@ -111,5 +111,5 @@ def _difference(rows: Rows) -> str:
     sides = [x.swapaxes(2, 3)[:, :, 1:], x.swapaxes(2, 3)[:, 1:, :6] - 3]
     kernel = row_quantization._kernel("metal", rows)
     actual = row_quantization._prepared(kernel, rows, 2, 3, 6)(sides)
-    wrong = row_quantization._bytes_apart(actual, mlx_quantization.quantize_rows(sides, rows.format))
+    wrong = row_quantization.bytes_apart(actual, mlx_quantization.quantize_rows(sides, rows.format))
     return f"{wrong} bytes differ" if wrong else ""

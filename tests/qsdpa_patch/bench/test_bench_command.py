@@ -14,7 +14,8 @@ import pytest
 from mlx_lm.models import llama
 
 import qsdpa_patch
-from qsdpa_patch.bench import command
+from qsdpa_patch import callers
+from qsdpa_patch.bench import append_suite, command
 from qsdpa_patch.bench.limits import DeviceLimits
 from qsdpa_patch.bench.model_suite import RANDOM_MODELS
 from tests.qsdpa_patch.demo.tiny_model import write_tiny_model
@@ -84,6 +85,10 @@ def test_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     for expected in ("decode: B1 Hq4 Hkv2 D64 L1, 8-bit g64, float32", "qsdpa_patch", QUANTIZED, "speed-up"):
         assert expected in printed
+
+
+def test_rows_are_stored_as_a_model_stores_them() -> None:
+    assert callers._reads_so(append_suite._store.__code__)
 
 
 @pytest.mark.parametrize("suite", ["prefill", "append", "e2e"])

@@ -1,0 +1,119 @@
+"""The CUDA kernel that quantizes new rows straight into a cache's buffers, and the caches that use it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from mlx_lm.models import base
+
+import qsdpa_patch
+from qsdpa_patch.caches import (
+    BatchQuantizedKVCache,
+    QuantizedChunkedKVCache,
+    QuantizedKVCache,
+    QuantizedRotatingKVCache,
+)
+from qsdpa_patch.dispatcher import make_dispatcher
+from qsdpa_patch.kernels.cuda import backend
+from qsdpa_patch.kernels.format import AFFINE_BITS, AFFINE_GROUP_SIZES, FLOAT_FORMATS, Format
+from qsdpa_patch.kernels.row_kernel import Rows
+from qsdpa_patch.kernels.row_writing import can_write_rows
+from tests.in_place_walks import DIM, HEADS, Walk
+
+_AVAILABLE, _REASON = backend.is_available()
+pytestmark = pytest.mark.skipif(not _AVAILABLE, reason=_REASON)
+FORMATS = [
+    *(Format.affine(bits, group) for bits in AFFINE_BITS for group in AFFINE_GROUP_SIZES),
+    *map(Format.named, FLOAT_FORMATS),
+    Format.affine(4, rotated=True),
+]
+FOUR = Format.affine(4)
+
+scaled_dot_product_attention = make_dispatcher(base.scaled_dot_product_attention)
+
+
+def attend(cache: Any, queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
+    mask = "causal" if queries.shape[2] > 1 else None
+    keys, values = cache.update_and_fetch(keys, values)
+    return scaled_dot_product_attention(queries, keys, values, cache=cache, scale=0.125, mask=mask)
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32], ids=str)
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_every_format(format: Format, dtype: mx.Dtype) -> None:
+    """The check at first use writes twice and compares bytes, those around the rows among them."""
+    for dim in (128, 72):
+        fitted = format.fit(dim)[0]
+        assert can_write_rows("cuda", Rows(fitted, dtype, dim, 2)) == (True, "")
+
+
+CACHES: dict[str, Callable[[], Any]] = {
+    "growing": lambda: QuantizedKVCache(FOUR),
+    "eight bits": lambda: QuantizedKVCache(Format.affine(8, 32)),
+    "mxfp4": lambda: QuantizedKVCache("mxfp4"),
+    "rotating": lambda: QuantizedRotatingKVCache(600, 4, FOUR),
+    "batch": lambda: BatchQuantizedKVCache([0, 3], FOUR),
+}
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("kind", CACHES)
+def test_random_walks(kind: str, seed: int) -> None:
+    """Many steps are evaluated together, or never but for a later one."""
+    walk = Walk(attend, mx.float16, seed, batch=2 if kind == "batch" else 1)
+    walk.run(CACHES[kind], 150)
+    assert walk.in_place > 10
+    for actual, wanted in walk.attended:
+        assert mx.abs(actual - wanted).max() <= 1e-3 * mx.abs(wanted).max()
+
+
+def test_a_chunked_cache_attends_to_its_last_rows() -> None:
+    caches = [QuantizedChunkedKVCache(40, FOUR), QuantizedChunkedKVCache(40, FOUR)]
+    caches[1]._most_in_place = 0
+    for _ in range(400):
+        new = [mx.random.normal((1, n * HEADS, 1, DIM)).astype(mx.float16) for n in (2, 1, 1)]
+        for cache in caches:
+            cache.maybe_trim_front()
+        actual, wanted = (attend(cache, *new) for cache in caches)
+        assert mx.abs(actual - wanted).max() <= 1e-3 * mx.abs(wanted).max()
+    assert caches[0]._pending is not None
+
+
+def test_steps_that_are_never_attended_to_are_written_all_the_same() -> None:
+    cache, twin = QuantizedKVCache(FOUR), QuantizedKVCache(FOUR)
+    twin._most_in_place = 0
+    for _ in range(200):
+        new = [mx.random.normal((1, n * HEADS, 1, DIM)).astype(mx.float16) for n in (2, 1, 1)]
+        attend(cache, *new)
+        attend(twin, *new)
+    assert cache._pending is not None
+    for actual, wanted in zip(cache.rows or [], twin.rows or [], strict=True):
+        assert mx.array_equal(actual[:, :, :200], wanted[:, :, :200])
+
+
+def test_what_is_read_in_the_same_evaluation_is_written_before() -> None:
+    """Operations of MLX, built on rows that no evaluation has asked for yet, get them."""
+    for seed in range(50):
+        mx.random.seed(seed)
+        cache, twin = QuantizedKVCache(FOUR), QuantizedKVCache(FOUR)
+        twin._most_in_place = 0
+        for _ in range(3):
+            new = [mx.random.normal((1, n * 8 * HEADS, 1, DIM)).astype(mx.float16) for n in (2, 1, 1)]
+            attend(cache, *new)
+            attend(twin, *new)
+        read = [mx.concatenate([x[:, :, :3].view(mx.uint8).flatten() for x in c.rows or []]) for c in (cache, twin)]
+        assert mx.array_equal(read[0], read[1])
+
+
+def test_a_route_that_reads_arrays_waits_and_then_leaves_writing_to_mlx() -> None:
+    cache, twin = QuantizedKVCache(FOUR), QuantizedKVCache(FOUR)
+    twin._most_in_place = 0
+    for _ in range(6):
+        new = [mx.random.normal((1, n * HEADS, 1, DIM)).astype(mx.float16) for n in (2, 1, 1)]
+        with qsdpa_patch.enabled(kernels="ops"):
+            actual, wanted = attend(cache, *new), attend(twin, *new)
+        assert mx.abs(actual - wanted).max() <= 1e-3 * mx.abs(wanted).max()
+    assert cache._most_in_place == 0
