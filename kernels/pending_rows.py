@@ -1,4 +1,4 @@
-"""Rows of a cache that a kernel may still have to write, unknown to MLX. See :mod:`qsdpa_patch.kernels.row_writing`."""
+"""Rows of a cache that a kernel has still to write, unknown to MLX. See :mod:`qsdpa_patch.kernels.row_writing`."""
 
 from __future__ import annotations
 
@@ -6,25 +6,63 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
-__all__ = ["PendingRows"]
+__all__ = ["PendingRows", "RowWriter"]
+
+RowWriter = Callable[[list[mx.array], list[mx.array], int, mx.array | None], mx.array]
+"""``write(sides, buffers, stop, after)`` quantizes ``sides`` into the rows of ``buffers`` that end before ``stop``.
+
+sides, and codes and scales as ``buffers``: as :func:`~qsdpa_patch.kernels.row_quantization.quantize_rows` takes and
+gives them, buffers contiguous along their last axis. after: what stands for earlier writes into the same buffers. Gives
+what stands for these: a lazy array of which only the graph matters.
+"""
 
 _start: Callable[[mx.array], None] = mx.async_eval
 """Evaluate an array without waiting for it."""
 
 
 class PendingRows:
-    """The last rows of buffers, which a kernel may still have to write.
+    """The last rows of buffers, which a kernel has still to write: the one that attends to them, or one of its own.
 
-    token: what a :data:`~qsdpa_patch.kernels.row_writing.RowWriter` gave. count: how many rows it writes.
-    awaited: whether anything but kernels that take the token needed the rows.
+    Args:
+        sides: the new rows.
+        write, buffers, stop, after: the kernel of its own, and its other arguments (:data:`RowWriter`).
+
+    Attributes:
+        count: how many rows are new.
+        after: what stands for earlier writes, until these are on their way.
+        awaited: whether operations of MLX needed the rows.
     """
 
-    __slots__ = ("awaited", "count", "token")
+    __slots__ = ("_buffers", "_sides", "_stop", "_token", "_write", "after", "awaited", "count")
 
-    def __init__(self, token: mx.array, count: int) -> None:
-        self.token = token
-        self.count = count
+    def __init__(
+        self, sides: list[mx.array], write: RowWriter, buffers: list[mx.array], stop: int, after: mx.array | None
+    ) -> None:
+        self._sides: list[mx.array] | None = sides
+        self._write = write
+        self._buffers = buffers
+        self._stop = stop
+        self._token: mx.array | None = None
+        self.after = after
         self.awaited = False
+        self.count = sides[0].shape[2]
+
+    @property
+    def sides(self) -> list[mx.array] | None:
+        """The new rows, for a kernel that stores them and then says so to :meth:`stored`; ``None`` where one does."""
+        return self._sides
+
+    def stored(self, token: mx.array) -> None:
+        """A kernel stores the rows; ``token``, an output of it, stands for that."""
+        self._token, self._sides, self.after = token, None, None
+
+    @property
+    def token(self) -> mx.array:
+        """What stands for the writes."""
+        if self._sides is not None:
+            self.stored(self._write(self._sides, self._buffers, self._stop, self.after))
+        assert self._token is not None
+        return self._token
 
     def then(self, buffers: list[mx.array]) -> list[mx.array]:
         """``buffers`` for any operation: arrays that are there once the rows are.

@@ -5,14 +5,15 @@ it, and in a copy of all of it otherwise. A kernel under way holds what it reads
 each step would copy what the step before attends to. A kernel of our own may write to its inputs, at rows that nothing
 was ever promised about (:class:`~qsdpa_patch.caches.spare_rows.SpareRows`). MLX orders kernels by their outputs, so it
 has one that stands for the writes, a token: whoever reads the rows takes it as an input, or waits for it first
-(:class:`~qsdpa_patch.kernels.pending_rows.PendingRows`).
+(:class:`~qsdpa_patch.kernels.pending_rows.PendingRows`). Where the kernel that attends to the rows stores them itself,
+the one here never runs.
 """
 
 from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache, lru_cache
 from typing import cast
 
@@ -20,21 +21,13 @@ import mlx.core as mx
 
 from qsdpa_patch.kernels.backends import default_backend_name, load_backend
 from qsdpa_patch.kernels.format import Format
-from qsdpa_patch.kernels.pending_rows import PendingRows
+from qsdpa_patch.kernels.pending_rows import PendingRows, RowWriter
 from qsdpa_patch.kernels.row_kernel import Rows, can_rotate, launch, thread_count
 from qsdpa_patch.kernels.row_quantization import bytes_apart, check_rows, quantize_rows_in_ops, sample_rows
 
-__all__ = ["RowWriter", "can_write_rows", "row_writer"]
+__all__ = ["can_write_rows", "row_writer"]
 
 _log = logging.getLogger("qsdpa_patch")
-
-RowWriter = Callable[[list[mx.array], list[mx.array], int, mx.array | None], mx.array]
-"""``write(sides, buffers, stop, after)`` quantizes ``sides`` into the rows of ``buffers`` that end before ``stop``.
-
-sides, and codes and scales as ``buffers``: as :func:`~qsdpa_patch.kernels.row_quantization.quantize_rows` takes and
-gives them, buffers contiguous along their last axis. after: the token of an earlier call over the same buffers whose
-rows nothing has waited for. Gives a token, lazy, of which only the graph matters.
-"""
 
 
 def row_writer(sides: Sequence[mx.array], format: Format) -> RowWriter | None:
@@ -103,8 +96,8 @@ def _bytes_wrong(backend: str, rows: Rows) -> int:
     buffers = [mx.ones((*x.shape[:2], 3 * count, x.shape[3]), x.dtype) for x in new]
     wanted = [mx.concatenate([mx.ones_like(x), x, x], axis=2) for x in new]
     mx.eval(buffers, wanted)
-    token = write(sides, buffers, 2 * count, None)
-    actual = PendingRows(write(sides, buffers, 3 * count, token), count).then(buffers)
+    before = PendingRows(sides, write, buffers, 2 * count, None)
+    actual = PendingRows(sides, write, buffers, 3 * count, before.token).then(buffers)
     return bytes_apart(actual, wanted)
 
 

@@ -18,6 +18,7 @@
 //   decode_work.cuh            which rows a block serves, and where a thread stands
 //   decode_queries.cuh         query rows to shared memory, as halves or integers
 //   decode_query_operands.cuh  and from there to operands of products
+//   new_rows.cuh               rows that are new in the cache to its buffers
 //   decode_copies.cuh          tiles from device memory into the ring
 //   decode_scores.cuh          products of a tile's keys with the queries
 //   decode_logits.cuh          rope, and all else between scores and logits but the mask
@@ -33,6 +34,7 @@
 #include "decode_queries.cuh"
 #include "decode_scores.cuh"
 #include "decode_softmax.cuh"
+#include "new_rows.cuh"
 
 namespace qsdpa {
 
@@ -67,10 +69,12 @@ class Decoder {
         attention(place, offsets),
         queries(place, memory) {}
 
-  __device__ __forceinline__ void run() {
+  template <typename New>
+  __device__ __forceinline__ void run(const New& new_rows) {
     if (place.warp >= work.warps()) return;
     typename QueryRows<C>::Raw raw;
     query_rows.load(raw);  // ahead of the first tiles, which would delay them
+    new_rows.store(a, work, place);
     const TileCopier<C> copier(a, work, memory);
     const u32 ring = shared_address(memory.begin) + place.team * C::STAGES * C::STAGE;
     auto fetch = [&](int tile, int stage) { copier.fetch(tile, ring + stage * C::STAGE); };

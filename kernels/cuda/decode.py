@@ -13,15 +13,18 @@ from qsdpa_patch.kernels.cuda.decode_plan import DecodePlan
 from qsdpa_patch.kernels.cuda.scales import device_scale, repeated
 from qsdpa_patch.kernels.cuda.source import (
     DECODE_HEADERS,
-    DECODE_OUTPUTS,
     WIDE_HEADERS,
     cuda_type,
     decode_body,
     decode_inputs,
+    decode_outputs,
     prologue,
+    stores_new_rows,
 )
 from qsdpa_patch.kernels.cuda.tickets import take_tickets, ticket_size
 from qsdpa_patch.kernels.cuda.wide_plan import WidePlan
+from qsdpa_patch.kernels.pending_rows import PendingRows
+from qsdpa_patch.kernels.quantized_tensor import PackedStack
 
 __all__ = ["DecodeByLength", "DecodeKernel", "decode_kernel"]
 
@@ -42,67 +45,81 @@ class DecodeKernel:
 
     def __init__(self, plan: DecodePlan | WidePlan) -> None:
         self.plan = plan
-        self.source = decode_body(_NAME, plan, "float", "float")
         sig = plan.signature
+        self._stores_new_rows = stores_new_rows(sig)
+        self.source = decode_body(_NAME, plan, "float", "float", stacked=self._stores_new_rows)
         self._row_tiles = sig.kv_heads * plan.row_tiles
         self._tiles = sig.batch * self._row_tiles
         self._ticket_size = ticket_size(self._tiles)
         self._variants: dict[tuple[mx.Dtype | None, mx.Dtype | None, bool], CustomKernel] = {}
-        self._launches: dict[int, dict[str, object]] = {}
-        self._latest: tuple[int, dict[str, object]] = (-1, {})
+        self._launches: dict[tuple[int, bool], dict[str, object]] = {}
+        self._latest: tuple[int, bool, dict[str, object]] = (-1, False, {})
 
     def __call__(self, call: AttentionCall) -> mx.array:
         """Attention ``[B, Hq, L, Dv]`` of ``call``, lazy."""
-        mask = call.mask if isinstance(call.mask, mx.array) else None
         stack = call.stack
         if stack is not None:
-            inputs = [call.queries, *stack.buffers]
-        elif self.plan.signature.shared_kv:
-            inputs = [call.queries, *call.keys.parts]
-        else:
-            inputs = [call.queries, *call.keys.parts, *call.values.parts]
-        if mask is not None:
-            inputs.append(mask)
-        if call.sinks is not None:
-            inputs.append(call.sinks)
-        if call.rope is not None:
-            inputs += (call.rope.queries, call.rope.keys)
+            return self._attend_to_stack(call, stack)
+        tensors = [call.keys] if self.plan.signature.shared_kv else [call.keys, call.values]
+        inputs = [call.queries, *(part for tensor in tensors for part in tensor.parts), *_others(call)]
+        inputs += (device_scale(call.scale), take_tickets(self._ticket_size))
+        return self._variant(call, False)(inputs=inputs, **self._launch_over(call.key_count, False))[0]
+
+    def _attend_to_stack(self, call: AttentionCall, stack: PackedStack) -> mx.array:
+        """The same where keys and values are in two arrays, of which some rows may still be pending."""
+        inputs = [call.queries, *stack.buffers, *_others(call)]
         count = call.key_count
         tickets = take_tickets(self._ticket_size)
-        if stack is None:
-            inputs += (device_scale(call.scale), tickets)
-        else:  # without rows that a kernel of ours writes, any array will do in their place
-            inputs += (repeated(call.scale, count), tickets, tickets if stack.pending is None else stack.pending.token)
-        kernel = self._variant(mask, call.sinks, stack is not None)
-        return kernel(inputs=inputs, **self._launch_over(count))[0]
+        inputs += (repeated(call.scale, count), tickets)
+        kernel, launch, pending = self._variant(call, True), self._launch_over(count, True), stack.pending
+        new = None
+        if pending is not None:
+            new = self._rows_to_store(stack, pending)
+        written = None if pending is None else pending.token if new is None else pending.after
+        inputs.append(tickets if written is None else written)  # any array, where there is nothing to wait for
+        if self._stores_new_rows:
+            inputs += _no_rows(call.signature.dtype) if new is None else new
+        out, _, *stored = kernel(inputs=inputs, **launch)
+        if pending is not None and new is not None:
+            pending.stored(stored[0])
+        return out
 
-    def _launch_over(self, count: int) -> dict[str, object]:
+    def _rows_to_store(self, stack: PackedStack, pending: PendingRows) -> list[mx.array] | None:
+        """The pending rows, where the kernel is to store them: it neither pads nor rotates rows, nor converts them."""
+        new, sig = pending.sides, self.plan.signature
+        fits = self._stores_new_rows and not stack.format.rotated and stack.dim == sig.key_dim
+        return new if fits and new is not None and new[0].dtype == sig.dtype else None
+
+    def _launch_over(self, count: int, stacked: bool) -> dict[str, object]:
         """Arguments of a launch over ``count`` keys, which are mostly those of the layer before."""
         latest = self._latest
-        if latest[0] != count:
-            latest = self._latest = (count, self._launch(self.plan.splits(count)))
-        return latest[1]
+        if latest[0] != count or latest[1] != stacked:
+            latest = self._latest = (count, stacked, self._launch(self.plan.splits(count), stacked))
+        return latest[2]
 
-    def _launch(self, splits: int) -> dict[str, object]:
-        """Arguments of a launch that depend on the number of splits alone."""
-        launch = self._launches.get(splits)
+    def _launch(self, splits: int, stacked: bool) -> dict[str, object]:
+        """Arguments of a launch that depend on the number of splits, and how keys and values come, alone."""
+        launch = self._launches.get((splits, stacked))
         if launch is None:
             plan, sig = self.plan, self.plan.signature
             partial_rows = self._tiles * splits * plan.rows if splits > 1 else 0
-            launch = self._launches[splits] = {
+            outputs = [
+                ((sig.batch, sig.query_heads, sig.query_length, sig.value_dim), sig.dtype),
+                ((max(1, partial_rows * (sig.value_dim + 2)),), mx.float32),
+                ((1,), mx.uint32),
+            ][: len(decode_outputs(sig, stacked))]
+            launch = self._launches[splits, stacked] = {
                 "grid": (plan.threads * splits, self._row_tiles, sig.batch),
                 "threadgroup": (plan.threads, 1, 1),
-                "output_dtypes": [sig.dtype, mx.float32],
-                "output_shapes": [
-                    (sig.batch, sig.query_heads, sig.query_length, sig.value_dim),
-                    (max(1, partial_rows * (sig.value_dim + 2)),),
-                ],
+                "output_dtypes": [dtype for _, dtype in outputs],
+                "output_shapes": [shape for shape, _ in outputs],
             }
         return launch
 
-    def _variant(self, mask: mx.array | None, sinks: mx.array | None, stacked: bool) -> CustomKernel:
+    def _variant(self, call: AttentionCall, stacked: bool) -> CustomKernel:
         """The kernel for what a signature leaves open: the dtypes of mask and sinks, and how keys and values come."""
-        key = (None if mask is None else mask.dtype, None if sinks is None else sinks.dtype, stacked)
+        mask, sinks = call.mask, call.sinks
+        key = (mask.dtype if isinstance(mask, mx.array) else None, None if sinks is None else sinks.dtype, stacked)
         kernel = self._variants.get(key)
         if kernel is None:
             plan = self.plan
@@ -110,12 +127,29 @@ class DecodeKernel:
             kernel = self._variants[key] = custom_kernel(
                 _NAME,
                 decode_inputs(plan.signature, stacked),
-                DECODE_OUTPUTS,
+                decode_outputs(plan.signature, stacked),
                 decode_body(_NAME, plan, mask_type, sink_type, stacked=stacked),
                 prologue(_NAME, plan.threads, WIDE_HEADERS if isinstance(plan, WidePlan) else DECODE_HEADERS),
                 plan.shared_bytes,
             )
         return kernel
+
+
+@cache
+def _no_rows(dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+    """Keys and values ``[1, 1, 0, 1]`` in the place of new ones."""
+    nothing = mx.zeros((1, 1, 0, 1), dtype)
+    return nothing, nothing
+
+
+def _others(call: AttentionCall) -> list[mx.array]:
+    """The operands that not all calls have."""
+    others = [call.mask] if isinstance(call.mask, mx.array) else []
+    if call.sinks is not None:
+        others.append(call.sinks)
+    if call.rope is not None:
+        others += (call.rope.queries, call.rope.keys)
+    return others
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,10 @@
 //   values (rows of an A operand are dimensions): lane (r, t) holds 4 dimensions of the keys 2t and 2t+1, the two keys
 //          in the two halves of a register.
 #pragma once
+#include "modes.cuh"
 #include "ptx.cuh"
 
 namespace qsdpa {
-
-enum Mode { AFFINE = 0, SYMMETRIC = 1, MXFP4 = 2, MXFP8 = 3, NVFP4 = 4 };
 
 // Bits of the half that equals `v`, an integer of 1 to 2048.
 __device__ constexpr u32 half_bits(int v) {

@@ -7,10 +7,9 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_fp8.h>
+#include "modes.cuh"
 
 namespace qsdpa {
-
-enum Mode { AFFINE = 0, MXFP4 = 2, MXFP8 = 3, NVFP4 = 4 };
 
 constexpr int PACK = 8;
 

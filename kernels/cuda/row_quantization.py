@@ -17,5 +17,5 @@ THREAD = "blockIdx.x * blockDim.x + threadIdx.x"
 def row_kernel(rows: Rows) -> RowKernel:
     """The kernel for ``rows``, compiled by MLX when a result of it is first evaluated."""
     body = kernel_body(rows, cuda_type(rows.dtype), format_mode(rows.format), THREAD)
-    header = headers(("row_quantization.cuh",))
+    header = headers(("modes.cuh", "row_quantization.cuh"))
     return custom_kernel("qsdpa_quantize_rows", rows.inputs, OUTPUTS, f"using namespace qsdpa;\n{body}", header)

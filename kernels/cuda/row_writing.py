@@ -11,8 +11,8 @@ from qsdpa_patch.kernels.cuda.custom_kernel import CustomKernel, custom_kernel
 from qsdpa_patch.kernels.cuda.row_quantization import THREAD
 from qsdpa_patch.kernels.cuda.scales import repeated
 from qsdpa_patch.kernels.cuda.source import cuda_type, format_mode, headers
+from qsdpa_patch.kernels.pending_rows import RowWriter
 from qsdpa_patch.kernels.row_kernel import OUTPUTS, Rows, kernel_body
-from qsdpa_patch.kernels.row_writing import RowWriter
 
 __all__ = ["row_writer", "writing_kernel"]
 
@@ -35,7 +35,7 @@ def writing_kernel(rows: Rows) -> CustomKernel:
     ]
     body = kernel_body(rows, cuda_type(rows.dtype), format_mode(rows.format), THREAD, places)
     inputs = [*rows.inputs, *OUTPUTS, "extent", "after"]
-    header = headers(("row_quantization.cuh",))
+    header = headers(("modes.cuh", "row_quantization.cuh"))
     return custom_kernel("qsdpa_write_rows", inputs, ["written"], f"using namespace qsdpa;\n{body}", header)
 
 

@@ -12,8 +12,11 @@ from qsdpa_patch.kernels.attention_call import AttentionCall, RopeTerm, Signatur
 from qsdpa_patch.kernels.cuda.decode import DecodeKernel
 from qsdpa_patch.kernels.cuda.mla import MlaKernel
 from qsdpa_patch.kernels.cuda.prefill import PrefillKernel
+from qsdpa_patch.kernels.cuda.source import stores_new_rows
 from qsdpa_patch.kernels.format import Format
-from qsdpa_patch.kernels.quantized_tensor import QuantizedTensor, quantize_parts, stack_alike
+from qsdpa_patch.kernels.pending_rows import PendingRows
+from qsdpa_patch.kernels.quantized_tensor import PackedStack, QuantizedTensor, quantize_parts, stack_alike
+from qsdpa_patch.kernels.row_quantization import quantize_rows_in_ops
 
 __all__ = ["failure"]
 
@@ -39,11 +42,42 @@ def _problem(kernel: DecodeKernel | MlaKernel | PrefillKernel) -> str:
         mx.eval(actual)
         with mx.stream(mx.cpu):  # on the GPU, MLX multiplies float32 matrices in TF32
             error = _relative_error(actual, reference.attend(call))
+        stores = not isinstance(kernel, DecodeKernel) or _stores_new_rows(kernel, call)
     except RuntimeError as exception:
         return f"the kernel failed on this device: {exception}"
-    if error <= _TOLERANCE[sig.dtype]:
-        return ""
-    return f"the kernel is wrong on this device: error {error:.2g} in its self-check"
+    if error > _TOLERANCE[sig.dtype]:
+        return f"the kernel is wrong on this device: error {error:.2g} in its self-check"
+    return "" if stores else "the kernel stores new rows wrongly on this device"
+
+
+def _stores_new_rows(kernel: DecodeKernel, call: AttentionCall) -> bool:
+    """Whether ``kernel``, where it can store new rows, stores the bits that MLX would, and attends to them."""
+    sig, stack = call.signature, call.stack
+    if stack is None or not stores_new_rows(sig):
+        return True
+    sides = [_normal(sig.batch, sig.kv_heads, sig.query_length, sig.key_dim).astype(sig.dtype) + i for i in range(2)]
+    new = quantize_rows_in_ops(sides, sig.key_format)
+    kept = [x[:, :, : stack.rows - sig.query_length] for x in stack.buffers]
+    stored = [mx.concatenate([x, y], axis=2) for x, y in zip(kept, new)]
+    buffers = [mx.concatenate([x, mx.zeros_like(y), y], axis=2) for x, y in zip(kept, new)]
+    mx.eval(stored, buffers)
+
+    def attend(arrays: list[mx.array], pending: PendingRows | None) -> mx.array:
+        members = PackedStack(
+            arrays[0], arrays[1], 2, sig.key_format,
+            dim=sig.key_dim, dtype=sig.dtype, rows=stack.rows, pending=pending,
+        ).members()  # fmt: skip
+        return kernel(check_call(call.queries, *members, scale=call.scale, mask=call.mask, sinks=call.sinks))
+
+    pending = PendingRows(sides, _never, buffers, stack.rows, None)
+    same = [mx.array_equal(attend(buffers, pending), attend(stored, None))]
+    after = [x[:, :, : stack.rows] for x in pending.then(buffers)]
+    same += [mx.array_equal(x.view(mx.uint8), y.view(mx.uint8)) for x, y in zip(after, stored)]
+    return all(x.item() for x in same)
+
+
+def _never(*_: object) -> mx.array:
+    raise RuntimeError("the kernel left new rows to another one")
 
 
 def _sample_call(sig: Signature, count: int) -> AttentionCall:

@@ -22,7 +22,6 @@ from qsdpa_patch.kernels.format import Format
 
 __all__ = [
     "DECODE_HEADERS",
-    "DECODE_OUTPUTS",
     "MLA_HEADERS",
     "MLA_OUTPUTS",
     "PREFILL_HEADERS",
@@ -30,6 +29,7 @@ __all__ = [
     "cuda_type",
     "decode_body",
     "decode_inputs",
+    "decode_outputs",
     "format_mode",
     "headers",
     "mla_body",
@@ -39,12 +39,13 @@ __all__ = [
     "prefill_body",
     "prefill_inputs",
     "prologue",
+    "stores_new_rows",
 ]
 
-_COMMON = ("ptx.cuh", "formats.cuh", "tiles.cuh", "operands.cuh")
+_COMMON = ("modes.cuh", "ptx.cuh", "formats.cuh", "tiles.cuh", "operands.cuh")
 _DECODE_PARTS = (
     "decode_config.cuh", "decode_work.cuh", "decode_copies.cuh", "decode_queries.cuh", "decode_mask.cuh",
-    "decode_merge.cuh",
+    "decode_merge.cuh", "row_quantization.cuh", "new_rows.cuh",
 )  # fmt: skip
 DECODE_HEADERS = (
     *_COMMON, *_DECODE_PARTS, "decode_query_operands.cuh", "decode_scores.cuh", "decode_logits.cuh",
@@ -60,8 +61,6 @@ PREFILL_HEADERS = (*_WARPGROUPS, "panels.cuh", "rolling_panels.cuh", "prefill.cu
 _TYPES = {mx.float16: "__half", mx.bfloat16: "__nv_bfloat16", mx.float32: "float", mx.uint8: "uint8_t"}
 _MODES = {"mxfp4": 2, "mxfp8": 3, "nvfp4": 4}
 _MASKS = {"none": 0, "causal": 1, "bool": 2, "additive": 3}
-
-DECODE_OUTPUTS = ["out", "partials"]
 
 
 @cache
@@ -96,7 +95,7 @@ def _end_of_bounds(name: str) -> str:
 def decode_inputs(sig: Signature, stacked: bool = False) -> list[str]:
     """Names of the inputs of the decode kernel, in order.
 
-    stacked: keys and values are in two arrays. The last input then is no operand: MLX runs what it comes from before.
+    stacked: keys and values are in two arrays. ``written`` then is no operand: MLX runs what it comes from before.
     """
     if stacked:
         names = ["queries", "codes", "all_scales"]
@@ -108,7 +107,23 @@ def decode_inputs(sig: Signature, stacked: bool = False) -> list[str]:
     names += ["mask"] * (sig.mask in ("bool", "additive"))
     names += ["sinks"] * sig.has_sinks
     names += ["rope_queries", "rope_keys"] * (sig.rope_dim > 0)
-    return [*names, "scale", "tickets"] + ["written"] * stacked
+    names += ["scale", "tickets"]
+    if stacked:
+        names += ["written"] + ["new_keys", "new_values"] * stores_new_rows(sig)
+    return names
+
+
+def decode_outputs(sig: Signature, stacked: bool = False) -> list[str]:
+    """Names of the outputs of the decode kernel, in order. The third stands for what it writes to its inputs."""
+    return ["out", "partials"] + ["stored"] * (stacked and stores_new_rows(sig))
+
+
+def stores_new_rows(sig: Signature) -> bool:
+    """Whether the decode kernel can quantize rows that are new in a cache: those for which there is such a kernel."""
+    format, scales = sig.key_format, sig.key_scale_dtype
+    alike = (format, sig.key_dim, scales) == (sig.value_format, sig.value_dim, sig.value_scale_dtype)
+    in_dtype = not format.is_affine or scales == sig.dtype
+    return alike and in_dtype and not format.symmetric and not sig.shared_kv and not sig.rope_dim
 
 
 _OPERANDS = (
@@ -158,7 +173,10 @@ def decode_body(
 
     operands = [operand(member) for member in _OPERANDS]
     operands.insert(_OPERANDS.index("sinks") + 1, _sink_stride(sig))
-    arguments = ", ".join([*operands, "const_cast<uint32_t*>(tickets)", *DECODE_OUTPUTS, str(plan.blocks_at_once)])
+    arguments = ", ".join([*operands, "const_cast<uint32_t*>(tickets)", "out", "partials", str(plan.blocks_at_once)])
+    new_rows = "qsdpa::NoNewRows{}"
+    if "new_keys" in inputs:
+        new_rows = f"qsdpa::NewRows<Config>{{{_operand('new_keys', inputs)}, {_operand('new_values', inputs)}}}"
     decoder = "WideDecoder" if isinstance(plan, WidePlan) else "Decoder"
     return (
         f"{_end_of_bounds(name)}"
@@ -166,7 +184,7 @@ def decode_body(
         f'static_assert(Config::SHARED_BYTES == {plan.shared_bytes}, "the plan and the kernel disagree");\n'
         "extern __shared__ __align__(1024) char qsdpa_shared[];\n"
         f"const qsdpa::DecodeArguments<Config> arguments{{{arguments}}};\n"
-        f"qsdpa::{decoder}<Config>(arguments, qsdpa_shared).run();\n"
+        f"qsdpa::{decoder}<Config>(arguments, qsdpa_shared).run({new_rows});\n"
     )
 
 

@@ -18,6 +18,7 @@
 #include "decode_copies.cuh"
 #include "decode_mask.cuh"
 #include "decode_merge.cuh"
+#include "new_rows.cuh"
 #include "wide_queries.cuh"
 #include "wide_scores.cuh"
 #include "wide_softmax.cuh"
@@ -38,7 +39,9 @@ class WideDecoder {
   __device__ __forceinline__ WideDecoder(const DecodeArguments<C>& arguments, char* begin)
       : a(arguments), memory{begin}, shared(shared_address(begin)), work(a) {}
 
-  __device__ __forceinline__ void run() {
+  template <typename New>
+  __device__ __forceinline__ void run(const New& new_rows) {
+    new_rows.store(a, work, place);
     const WideQueries<C> queries(a, work, memory);
     typename WideQueries<C>::Raw raw;
     queries.load(raw);  // ahead of the first tiles, which would delay them

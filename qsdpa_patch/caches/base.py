@@ -192,8 +192,8 @@ class QuantizedCache(_BaseCache, ABC):  # type: ignore[misc] # mlx-lm has no ann
         write = self._layout.writer(keys, values)
         if write is None:
             return False
-        token = write([keys, values], rows, stop, None if pending is None else pending.token)
-        self._pending, spare.first = PendingRows(token, count), stop
+        after = None if pending is None else pending.token
+        self._pending, spare.first = PendingRows([keys, values], write, rows, stop, after), stop
         return True
 
     def _encode(self, keys: mx.array, values: mx.array) -> Rows:

@@ -14,10 +14,10 @@ import mlx.core as mx
 from qsdpa_patch.caches.packed_rows import Rows
 from qsdpa_patch.kernels.dtypes import dtype_name, dtype_of_name
 from qsdpa_patch.kernels.format import Format
-from qsdpa_patch.kernels.pending_rows import PendingRows
+from qsdpa_patch.kernels.pending_rows import PendingRows, RowWriter
 from qsdpa_patch.kernels.quantized_tensor import PackedStack
 from qsdpa_patch.kernels.row_quantization import quantize_rows, row_quantizer
-from qsdpa_patch.kernels.row_writing import RowWriter, row_writer
+from qsdpa_patch.kernels.row_writing import row_writer
 
 __all__ = ["Codec", "Encoder", "PlainCodec", "QuantizingCodec", "as_format", "fit_codec"]
 

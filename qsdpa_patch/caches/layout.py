@@ -10,9 +10,8 @@ import mlx.core as mx
 
 from qsdpa_patch.caches.codec import Codec, Encoder, QuantizingCodec
 from qsdpa_patch.caches.packed_rows import Rows
-from qsdpa_patch.kernels.pending_rows import PendingRows
+from qsdpa_patch.kernels.pending_rows import PendingRows, RowWriter
 from qsdpa_patch.kernels.quantized_tensor import StackMember
-from qsdpa_patch.kernels.row_writing import RowWriter
 
 __all__ = ["Layout"]
 

@@ -41,6 +41,15 @@ def attend(cache: Any, queries: mx.array, keys: mx.array, values: mx.array) -> m
     return scaled_dot_product_attention(queries, keys, values, cache=cache, scale=0.125, mask=mask)
 
 
+def attend_twice(cache: Any, queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
+    """Two calls over the same rows, which depend on each other in nothing else."""
+    mask = "causal" if queries.shape[2] > 1 else None
+    keys, values = cache.update_and_fetch(keys, values)
+    first = scaled_dot_product_attention(queries, keys, values, cache=cache, scale=0.125, mask=mask)
+    second = scaled_dot_product_attention(-queries, keys, values, cache=cache, scale=0.125, mask=mask)
+    return first - second
+
+
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32], ids=str)
 @pytest.mark.parametrize("format", FORMATS, ids=str)
 def test_every_format(format: Format, dtype: mx.Dtype) -> None:
@@ -68,6 +77,51 @@ def test_random_walks(kind: str, seed: int) -> None:
     assert walk.in_place > 10
     for actual, wanted in walk.attended:
         assert mx.abs(actual - wanted).max() <= 1e-3 * mx.abs(wanted).max()
+
+
+def test_walks_of_layers_that_share_rows() -> None:
+    walk = Walk(attend_twice, mx.bfloat16, 0)
+    walk.run(CACHES["growing"], 150)
+    for actual, wanted in walk.attended:
+        assert mx.abs(actual - wanted).max() <= 1e-2 * mx.abs(wanted).max()
+
+
+@pytest.mark.parametrize(
+    ("format", "heads", "kv_heads", "dim", "lengths"),
+    [
+        (FOUR, 32, 8, 128, (1, 3)),
+        (FOUR, 32, 2, 256, (1, 2)),
+        (FOUR, 8, 2, 512, (1,)),
+        (FOUR, 8, 8, 64, (1, 5)),
+        (Format.affine(8), 32, 8, 128, (1, 8, 16)),
+        (Format.affine(3, 32), 8, 2, 128, (1,)),
+        (Format.affine(2, 128), 8, 2, 128, (1,)),
+        (Format.affine(6), 6, 2, 192, (1, 2)),
+        (Format.named("mxfp8"), 8, 2, 96, (1,)),
+        (Format.named("nvfp4"), 8, 2, 128, (1, 4)),
+    ],
+    ids=str,
+)
+def test_new_rows_wherever_tiles_end(
+    format: Format, heads: int, kv_heads: int, dim: int, lengths: tuple[int, ...]
+) -> None:
+    """Of all contexts around the ends of tiles, and of long ones, where many blocks share the keys."""
+    counts = [1, 14, 15, 16, 31, 32, 47, 62, 63, 64, 65, 127, 128, 500, 1000, 5000, 70000]
+    for length in lengths:
+        for batch, count in [(1, count) for count in counts] + [(3, 63), (3, 700)]:
+            caches = [QuantizedKVCache(format), QuantizedKVCache(format)]
+            caches[1]._most_in_place = 0
+            old = [mx.random.normal((batch, kv_heads, count, dim)).astype(mx.float16) for _ in range(2)]
+            new = [mx.random.normal((batch, n, length, dim)).astype(mx.float16) for n in (heads, kv_heads, kv_heads)]
+            for cache in caches:
+                cache.update_and_fetch(*old)
+            actual, wanted = (attend(cache, *new) for cache in caches)
+            full = count + length > -(-count // 256) * 256
+            assert (caches[0]._pending is None) == full
+            assert mx.array_equal(actual, wanted)
+            for stored, same in zip(caches[0].rows or [], caches[1].rows or [], strict=True):
+                end = count + length
+                assert mx.array_equal(stored[:, :, :end].view(mx.uint8), same[:, :, :end].view(mx.uint8))
 
 
 def test_a_chunked_cache_attends_to_its_last_rows() -> None:

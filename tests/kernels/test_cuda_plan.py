@@ -34,6 +34,7 @@ from qsdpa_patch.kernels.cuda.source import (
     prefill_body,
     prefill_inputs,
     prologue,
+    stores_new_rows,
 )
 from qsdpa_patch.kernels.cuda.warpgroups import TILE
 from qsdpa_patch.kernels.cuda.wide_plan import WidePlan, wide_plan
@@ -118,6 +119,7 @@ def test_bodies_name_every_input_and_no_other(seed: int, stacked: bool) -> None:
     plain = {"scale", "tickets"} | ({"sinks"} if sig.has_sinks else set()) | ({"written"} if stacked else set())
     assert viewed | plain == set(decode_inputs(sig, stacked))
     assert all(re.search(rf"\b{name}\b", body) for name in plain - {"written"})  # which only the graph needs
+    assert ("new_keys" in viewed) == (stacked and stores_new_rows(sig))
     assert ("mask" in viewed) == (sig.mask in ("bool", "additive"))
 
 
@@ -416,7 +418,7 @@ def test_bodies_for_many_query_rows_name_every_input_and_no_other(mask: str, sin
     body = prefill_body("k", prefill_plan(sig, HOPPER), "bool", "float")
     plain = {"scale"} | ({"sinks"} if sinks else set())
     assert set(re.findall(r"view\((\w+),", body)) | plain == set(prefill_inputs(sig))
-    assert all(re.search(rf"\b{name}\b", body) for name in plain - {"written"})  # which only the graph needs
+    assert all(re.search(rf"\b{name}\b", body) for name in plain)
 
 
 @pytest.mark.skipif(backend.is_available()[0], reason="this machine has a CUDA device")

@@ -23,8 +23,8 @@ from qsdpa_patch.caches import codec as codec_module
 from qsdpa_patch.caches import packed_rows as packed_rows_module
 from qsdpa_patch.callers import TAKES_STACK_MEMBERS
 from qsdpa_patch.kernels.format import Format
+from qsdpa_patch.kernels.pending_rows import RowWriter
 from qsdpa_patch.kernels.row_quantization import quantize_rows
-from qsdpa_patch.kernels.row_writing import RowWriter
 from tests.in_place_walks import DIM, HEADS, Walk
 
 FOUR = Format.affine(4)
@@ -53,6 +53,8 @@ def writes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def packed_rows(queries: mx.array, keys: Any, values: Any, **_: Any) -> mx.array:
     """In the place of attention: the packed rows, read as a kernel reads them."""
     stack = keys.stack
+    if stack.pending is not None:
+        assert stack.pending.token.shape == (1,)
     return mx.concatenate([x.view(mx.uint8)[:, :, : stack.rows].flatten() for x in stack.buffers])
 
 
