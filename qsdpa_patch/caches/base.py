@@ -94,14 +94,15 @@ class QuantizedCache(_BaseCache, ABC):  # type: ignore[misc] # mlx-lm has no ann
 
     @rows.setter
     def rows(self, rows: Rows | None) -> None:
-        self._rows, self._pending = rows, None
+        self._rows, self._pending, self._spare = rows, None, None
 
     def _settle(self, pending: PendingRows) -> None:
         """Have the buffers depend on what a kernel writes into them."""
+        spare = self._spare
         assert self._rows is not None
-        assert self._spare is not None
-        self.rows = pending.then(self._rows)
-        self._spare = SpareRows(self._rows, self._spare.first)
+        assert spare is not None
+        self.rows = rows = pending.then(self._rows)
+        self._spare = SpareRows(rows, spare.first)
 
     @property
     def keys(self) -> Rows | None:
@@ -172,8 +173,8 @@ class QuantizedCache(_BaseCache, ABC):  # type: ignore[misc] # mlx-lm has no ann
         attends: whether whoever gets all rows, from :meth:`_hand_over`, only attends to them.
         """
         if not (attends and self._write_in_place(start, keys, values)):
-            self.rows = append(self.rows, start, self._encode(keys, values), limit)
-            self._spare = SpareRows(self.rows, start + keys.shape[2])
+            self.rows = rows = append(self.rows, start, self._encode(keys, values), limit)
+            self._spare = SpareRows(rows, start + keys.shape[2])
 
     def _write_in_place(self, start: int, keys: mx.array, values: mx.array) -> bool:
         """Have a kernel write new rows straight into the buffers, from row ``start`` on, and say so if it can.
