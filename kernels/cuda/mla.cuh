@@ -405,6 +405,7 @@ template <typename T, int D, typename F, int PARTS, typename SinkT>
 class MlaMerger {
   static constexpr int ROWS = 64, GROUP = 128, THREADS = PARTS * GROUP;
   static constexpr int EACH = 18, CHUNK = PARTS * EACH;  // splits at a time: of a thread, of all
+  static constexpr int SHARES = THREADS / ROWS, BATCH = CHUNK / SHARES;  // of a row's statistics
   static constexpr bool BF16 = IsBfloat16<T>::value;
   const T* const partials;
   const float* const stats;
@@ -420,7 +421,6 @@ class MlaMerger {
         length(length), splits(splits) {}
 
   __device__ __forceinline__ void run() const {
-    __shared__ float2 row_stats[ROWS];
     __shared__ float weights[CHUNK * ROWS];
     __shared__ float4 sums[PARTS * GROUP];
     const int side = blockIdx.x % 2, octet = blockIdx.x / 2, part = threadIdx.x / GROUP, thread = threadIdx.x % GROUP;
@@ -439,11 +439,14 @@ class MlaMerger {
     };
     fetch(0);
     const float2* tile_stats = reinterpret_cast<const float2*>(stats) + tile * splits * ROWS;
-    reduce_stats(row_stats, tile_stats);
+    float2 own[BATCH];
+    load_stats(own, tile_stats, 0);
+    const float2 total = reduce_stats(own, tile_stats);
 
     float4 x = {};
     for (int first = 0; first < splits; first += CHUNK) {
-      weigh_splits(weights, row_stats, tile_stats, first);
+      if (first > 0) load_stats(own, tile_stats, first);
+      weigh_splits(weights, own, total);
 #pragma unroll
       for (int i = 0; i < EACH; ++i) {
         const float* w = weights + (part + i * PARTS) * ROWS + row;
@@ -466,49 +469,57 @@ class MlaMerger {
   }
 
  private:
-  // Of each row, over all splits: the maximum, and one over the sum of probabilities relative to it.
-  __device__ __forceinline__ void reduce_stats(float2 (&row_stats)[ROWS], const float2* tile_stats) const {
-    constexpr int SHARES = THREADS / ROWS, BATCH = 9;
-    __shared__ float2 shares[SHARES * ROWS];
-    const int row = threadIdx.x % ROWS, share = threadIdx.x / ROWS;
+  // Of the splits from number `first` on, those of the thread: all of its row, SHARES apart. Of none: a sum of zero.
+  __device__ __forceinline__ void load_stats(float2 (&own)[BATCH], const float2* tile_stats, int first) const {
+#pragma unroll
+    for (int i = 0; i < BATCH; ++i) {
+      const int split = first + i * SHARES + static_cast<int>(threadIdx.x) / ROWS;
+      own[i] = {LOWEST, 0.0f};
+      if (split < splits) own[i] = tile_stats[split * ROWS + threadIdx.x % ROWS];
+    }
+  }
+
+  // The maximum of several, and the sum of their sums relative to it.
+  template <int N>
+  __device__ __forceinline__ static float2 combined(const float2 (&each)[N]) {
     float2 total = {LOWEST, 0.0f};
-    auto add = [&](float2 y) {
-      const float higher = fmaxf(total.x, y.x);
-      total = {higher, total.y * exp2_fast(total.x - higher) + y.y * exp2_fast(y.x - higher)};
-    };
-    for (int first = share; first < splits; first += BATCH * SHARES) {
-      float2 y[BATCH];
 #pragma unroll
-      for (int i = 0; i < BATCH; ++i) {
-        y[i] = {LOWEST, 0.0f};
-        const int split = first + i * SHARES;
-        if (split < splits) y[i] = tile_stats[split * ROWS + row];
-      }
+    for (int i = 0; i < N; ++i) total.x = fmaxf(total.x, each[i].x);
 #pragma unroll
-      for (int i = 0; i < BATCH; ++i) add(y[i]);
+    for (int i = 0; i < N; ++i) total.y += each[i].y * exp2_fast(each[i].x - total.x);
+    return total;
+  }
+
+  // Of the thread's row, over all splits: the maximum, and one over the sum of probabilities relative to it. `own`: of
+  // the first chunk.
+  __device__ __forceinline__ float2 reduce_stats(const float2 (&own)[BATCH], const float2* tile_stats) const {
+    __shared__ float2 shares[THREADS];
+    float2 total = combined(own);
+    for (int first = CHUNK; first < splits; first += CHUNK) {
+      float2 more[BATCH];
+      load_stats(more, tile_stats, first);
+      total = combined<2>({total, combined(more)});
     }
     shares[threadIdx.x] = total;
     __syncthreads();
-    if (share > 0) return;
+    const int row = threadIdx.x % ROWS, head = (blockIdx.y * ROWS + row) / length;
+    float2 all[SHARES + 1];
 #pragma unroll
-    for (int i = 1; i < SHARES; ++i) add(shares[i * ROWS + row]);
-    const int head = (blockIdx.y * ROWS + row) / length;
+    for (int i = 0; i < SHARES; ++i) all[i] = shares[i * ROWS + row];
+    all[SHARES] = {LOWEST, 0.0f};
     if (sinks != nullptr && head < heads)  // one more logit, of a key without a value
-      add({to_float(sinks[head * sink_stride]) * LOG2E, 1.0f});
-    row_stats[row] = {total.x, total.y == 0.0f ? 0.0f : 1.0f / total.y};
+      all[SHARES] = {to_float(sinks[head * sink_stride]) * LOG2E, 1.0f};
+    total = combined(all);
+    return {total.x, total.y == 0.0f ? 0.0f : 1.0f / total.y};
   }
 
-  // What the means of the splits from number `first` on count, of each row.
-  __device__ __forceinline__ void weigh_splits(float (&weights)[CHUNK * ROWS], const float2 (&row_stats)[ROWS],
-                                               const float2* tile_stats, int first) const {
+  // What the means of a chunk's splits count, of each row.
+  __device__ __forceinline__ static void weigh_splits(float (&weights)[CHUNK * ROWS], const float2 (&own)[BATCH],
+                                                      float2 total) {
     __syncthreads();
-    const float2 total = row_stats[threadIdx.x % ROWS];
 #pragma unroll
-    for (int i = threadIdx.x; i < CHUNK * ROWS; i += THREADS) {
-      float2 y = {LOWEST, 0.0f};
-      if (first + i / ROWS < splits) y = tile_stats[first * ROWS + i];
-      weights[i] = exp2_fast(y.x - total.x) * y.y * total.y;
-    }
+    for (int i = 0; i < BATCH; ++i)
+      weights[i * THREADS + threadIdx.x] = exp2_fast(own[i].x - total.x) * own[i].y * total.y;
     __syncthreads();
   }
 
