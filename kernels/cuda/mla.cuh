@@ -64,7 +64,7 @@ class MlaDecoder {
   static constexpr int COLUMNS = D / 2;  // of a half of the output
   static constexpr int FIRST_PART = D / 4;  // of the dimensions of scores: under way until the rest is
   using Unpacker = TileUnpacker<T, F, D, C::PRODUCERS, 32>;
-  enum Barrier { QUERIES_READY = 1, WEIGHTS_READY = 2, WEIGHTS_TAKEN = 3 };
+  enum Barrier { QUERIES_READY = 1, WEIGHTS_READY = 2, WEIGHTS_TAKEN = 3, BARRIERS_MADE = 4 };
 
   const MlaArguments<C>& a;
   const u32 shared;
@@ -82,26 +82,22 @@ class MlaDecoder {
     tiles = ((count + TILE_ROWS - 1) / TILE_ROWS - split + splits - 1) / splits;
   }
 
+  // What a block needs first, it asks for first, each group for itself: the first product waits for all of it.
   __device__ __forceinline__ void run() {
-    prefetch_first();
-    if (threadIdx.x == 0) {
-      for (int s = 0; s < STAGES; ++s) {
-        make_barrier(full(s), C::PRODUCERS);
-        make_barrier(empty(s), C::CONSUMERS / 32);
-      }
-    }
-    __syncthreads();
     if (threadIdx.x >= C::CONSUMERS) {
       give_registers<C::PRODUCER_REGISTERS>();
       produce();
-    } else if (threadIdx.x < C::GROUP) {
-      take_registers<C::LEFT_REGISTERS>();
-      load_queries();
-      left();
     } else {
-      take_registers<C::RIGHT_REGISTERS>();
+      make_barriers();
+      const float scale = *a.scale;
       load_queries();
-      right();
+      if (threadIdx.x < C::GROUP) {
+        take_registers<C::LEFT_REGISTERS>();
+        left(scale);
+      } else {
+        take_registers<C::RIGHT_REGISTERS>();
+        right();
+      }
     }
   }
 
@@ -111,25 +107,15 @@ class MlaDecoder {
   __device__ __forceinline__ u32 tile_of(int stage) const { return shared + stage * C::TILE_BYTES; }
   __device__ __forceinline__ int first_key(int i) const { return (split + i * splits) * TILE_ROWS; }
 
-  // What the first tile is made of, to the second-level cache, by two warps for each operand: producers get to ask for it
-  // some 3,000 cycles later.
-  __device__ __forceinline__ void prefetch_first() const {
-    constexpr int SCALE_BYTES = F::groups(D) * static_cast<int>(sizeof(typename F::Scale));
-    const i64 key = min(first_key(0) + static_cast<int>(threadIdx.x) % TILE_ROWS, count - 1);
-    switch (threadIdx.x / TILE_ROWS) {
-      case 0: return prefetch_row<F::row_bytes(D)>(a.keys, key);
-      case 1: return prefetch_row<2 * C::ROPE>(a.rope_keys, key);
-      case 2: return prefetch_row<SCALE_BYTES>(a.scales, key);
-      case 3:
-        if constexpr (F::HAS_BIAS) prefetch_row<SCALE_BYTES>(a.biases, key);
+  // By consumers, which meet when queries are ready; the producers wait for them.
+  __device__ __forceinline__ void make_barriers() const {
+    if (threadIdx.x == 0) {
+      for (int s = 0; s < STAGES; ++s) {
+        make_barrier(full(s), C::PRODUCERS);
+        make_barrier(empty(s), C::CONSUMERS / 32);
+      }
     }
-  }
-
-  template <int BYTES, typename X>
-  __device__ __forceinline__ void prefetch_row(const View<X>& x, i64 key) const {
-    const char* row = reinterpret_cast<const char*>(x.rows(batch, 0).data + key * x.strides[2]);
-#pragma unroll
-    for (int byte = 0; byte < BYTES; byte += 128) prefetch(row + byte);
+    group_arrive<C::CONSUMERS + C::PRODUCERS>(BARRIERS_MADE);
   }
 
   // Query head and position of a row; rows past the end repeat the last.
@@ -155,6 +141,7 @@ class MlaDecoder {
   __device__ __forceinline__ void produce(Unpacker& unpacker, const Rows<T>& rope) const {
     int stage = 0, phase = 1;
     if (tiles > 0) unpacker.template fetch<ALIGNED>(first_key(0), count);
+    group_barrier<C::CONSUMERS + C::PRODUCERS>(BARRIERS_MADE);
     for (int i = 0; i < tiles; ++i) {
       wait_phase(empty(stage), phase);
       copy_rope<ALIGNED>(tile_of(stage) + C::PANELS * PANEL_BYTES, rope, first_key(i));
@@ -191,23 +178,25 @@ class MlaDecoder {
 
   // All rows of queries to shared memory. By both groups of consumers.
   __device__ __forceinline__ void load_queries() const {
-    constexpr int WARPS = C::CONSUMERS / 32;
-    const int consumer = threadIdx.x / 32;
+    constexpr int WARPS = C::CONSUMERS / 32, ROPE_UNITS = C::ROWS * C::ROPE / 8 / C::CONSUMERS;
+    const int consumer = threadIdx.x / 32, unit = threadIdx.x % 8;
+    const i64 stride = a.rope_queries.strides[3];
+    const bool rope_aligned = view_aligned(a.rope_queries);
+    auto rope_row = [&](int i) { return i * (C::CONSUMERS / 8) + static_cast<int>(threadIdx.x) / 8; };
+    u32 rope[ROPE_UNITS][4];
+#pragma unroll
+    for (int i = 0; i < ROPE_UNITS; ++i)
+      load_unit(rope[i], row_of(a.rope_queries, head_and_position(rope_row(i))) + unit * 8 * stride, stride,
+                rope_aligned);
     auto query = [&](int row) { return row_of(a.queries, head_and_position(row)); };
     if (view_aligned(a.queries)) {
-      qsdpa::load_queries<F, D, C::ROWS, WARPS, true>(shared + C::QUERIES, consumer, 1, query);
+      load_queries_at_once<F, D, C::ROWS, WARPS>(shared + C::QUERIES, consumer, query);
     } else {
       qsdpa::load_queries<F, D, C::ROWS, WARPS, false>(shared + C::QUERIES, consumer, a.queries.strides[3], query);
     }
-    const bool aligned = view_aligned(a.rope_queries);
-    const i64 stride = a.rope_queries.strides[3];
 #pragma unroll
-    for (int i = 0; i < C::ROWS * C::ROPE / 8 / C::CONSUMERS; ++i) {
-      const int row = i * (C::CONSUMERS / 8) + threadIdx.x / 8, unit = threadIdx.x % 8;
-      u32 x[4];
-      load_unit(x, row_of(a.rope_queries, head_and_position(row)) + unit * 8 * stride, stride, aligned);
-      store_unit(shared + C::QUERIES + C::PANELS * PANEL_BYTES + swizzled(row, unit), x);
-    }
+    for (int i = 0; i < ROPE_UNITS; ++i)
+      store_unit(shared + C::QUERIES + C::PANELS * PANEL_BYTES + swizzled(rope_row(i), unit), rope[i]);
     publish_to_products();
     group_barrier<C::CONSUMERS>(QUERIES_READY);
   }
@@ -248,9 +237,9 @@ class MlaDecoder {
     if (lane == 0) arrive(empty(stage));
   }
 
-  __device__ __forceinline__ void left() const {
+  __device__ __forceinline__ void left(float scale) const {
     // Scores are summed in units of the latent's products, so that the rope term is divided by the scale.
-    const float given = *a.scale, unit = fabsf(given) < 1e-30f ? 1e-30f : given;
+    const float unit = fabsf(scale) < 1e-30f ? 1e-30f : scale;
     const float to_logits = unit * LOG2E, rope_factor = 1.0f / unit;
     float o[COLUMNS / 8][4] = {}, s[8][4];
     RunningSoftmax softmax;

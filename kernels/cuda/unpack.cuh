@@ -91,12 +91,28 @@ __device__ __forceinline__ void pair_elements(u32 (&x)[4], const u32 (&elements)
   }
 }
 
+// The same of two runs in registers.
+template <typename F, int HIGH>
+__device__ __forceinline__ void pair_runs(u32 (&x)[4], uint2 low, uint2 high) {
+  const u32 words[4] = {low.x, low.y, high.x, high.y};
+  u32 elements[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) elements[i] = i % 2 ? words[i / 2] >> 16 : words[i / 2] & 0xffff;
+  pair_elements<F, HIGH>(x, elements);
+}
+
+// Between the two runs of four dimensions of a unit.
+template <typename F>
+__device__ constexpr int run_distance() {
+  return F::PAIRED_BLOCKS ? 8 : F::BITS == 8 ? 16 : 4;
+}
+
 // Rows of queries into shared memory, in the order of dimensions of the tiles, by WARPS warps: `row_of` gives a row's
 // first element. Columns past the last, up to a whole panel, are zeros. ALIGNED: elements follow each other, and rows
 // begin at multiples of 8 bytes.
 template <typename F, int D, int ROWS, int WARPS, bool ALIGNED, typename RowOf>
 __device__ __forceinline__ void load_queries(u32 tile, int warp, i64 stride, RowOf row_of) {
-  constexpr int HIGH = F::PAIRED_BLOCKS ? 8 : F::BITS == 8 ? 16 : 4;  // between the two runs of four of a unit
+  constexpr int HIGH = run_distance<F>();
   constexpr int UNROLL = ALIGNED ? 4 : 1;                             // little code: it runs once, and must be fetched
   const int lane = threadIdx.x % 32;
 #pragma unroll UNROLL
@@ -107,22 +123,47 @@ __device__ __forceinline__ void load_queries(u32 tile, int warp, i64 stride, Row
       u32 x[4] = {};
       if (D % PANEL_COLUMNS == 0 || unit < D / 8) {
         const int first = key_dim<F>(unit / 4, unit % 4, 0, 0);
-        u32 elements[8];
         if constexpr (ALIGNED) {
-          const uint2 low = *reinterpret_cast<const uint2*>(source + first);
-          const uint2 high = *reinterpret_cast<const uint2*>(source + first + HIGH);
-          const u32 words[4] = {low.x, low.y, high.x, high.y};
-#pragma unroll
-          for (int i = 0; i < 8; ++i) elements[i] = i % 2 ? words[i / 2] >> 16 : words[i / 2] & 0xffff;
+          pair_runs<F, HIGH>(x, *reinterpret_cast<const uint2*>(source + first),
+                             *reinterpret_cast<const uint2*>(source + first + HIGH));
         } else {
+          u32 elements[8];
 #pragma unroll
           for (int i = 0; i < 8; ++i) elements[i] = raw_bits(source[(first + i % 4 + i / 4 * HIGH) * stride]);
+          pair_elements<F, HIGH>(x, elements);
         }
-        pair_elements<F, HIGH>(x, elements);
       }
       store_unit(tile + unit / 8 * PANEL_BYTES + swizzled(row, unit % 8), x);
     }
   }
+}
+
+// Likewise, of aligned rows, with all loads of a thread under way at once. A lane finds the address of one row.
+template <typename F, int D, int ROWS, int WARPS, typename RowOf>
+__device__ __forceinline__ void load_queries_at_once(u32 tile, int warp, RowOf row_of) {
+  constexpr int EACH = ROWS / WARPS, UNITS = D / 8 / 32, HIGH = run_distance<F>();  // rows of a warp, units of a lane
+  static_assert(EACH <= 32 && D % 256 == 0, "lanes have a row each, and the same number of units");
+  const int lane = threadIdx.x % 32;
+  const u64 address = reinterpret_cast<u64>(row_of(warp + lane % EACH * WARPS));
+  uint2 low[EACH][UNITS], high[EACH][UNITS];
+#pragma unroll
+  for (int i = 0; i < EACH; ++i) {
+    const uint2* row = reinterpret_cast<const uint2*>(__shfl_sync(~0u, address, i));
+#pragma unroll
+    for (int u = 0; u < UNITS; ++u) {
+      const int unit = u * 32 + lane, first = key_dim<F>(unit / 4, unit % 4, 0, 0);
+      low[i][u] = row[first / 4], high[i][u] = row[(first + HIGH) / 4];
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < EACH; ++i)
+#pragma unroll
+    for (int u = 0; u < UNITS; ++u) {
+      const int unit = u * 32 + lane;
+      u32 x[4];
+      pair_runs<F, HIGH>(x, low[i][u], high[i][u]);
+      store_unit(tile + unit / 8 * PANEL_BYTES + swizzled(warp + i * WARPS, unit % 8), x);
+    }
 }
 
 // Eight elements of a row as they are. `aligned`: to 8 bytes.

@@ -183,6 +183,20 @@ def test_latents_that_do_not_follow_each_other() -> None:
     _check(check_call(queries, tensor, tensor, scale=0.06, rope=RopeTerm(0.1 * rope, rope_keys)), "transposed latent")
 
 
+@pytest.mark.parametrize("format", [Format.affine(4), Format.affine(8), Format.named("mxfp4")], ids=str)
+def test_queries_of_absorbed_mla_that_do_not_follow_each_other(format: Format) -> None:
+    """Rows at odd addresses, and elements of a row apart."""
+    mx.random.seed(13)
+    latent = quantize(mx.random.normal((2, 1, 300, 256)).astype(mx.float16), format)
+    rope_keys = mx.random.normal((2, 1, 300, 64)).astype(mx.float16)
+    odd = [(x * mx.random.normal((2, 40, 2, d + 1))).astype(mx.float16)[..., 1:] for x, d in ((1, 256), (0.1, 64))]
+    apart = [(x * mx.random.normal((2, 40, d, 2))).astype(mx.float16).swapaxes(2, 3) for x, d in ((1, 256), (0.1, 64))]
+    for queries, rope in (odd, apart):
+        mx.eval(queries, rope)
+        call = check_call(queries, latent, latent, scale=0.06, mask="causal", rope=RopeTerm(rope, rope_keys))
+        _check(call, "slices of queries")
+
+
 @pytest.mark.parametrize("scale", [0.0, -0.05, 0.5])
 def test_scales_out_of_the_ordinary_with_a_rope_term(scale: float) -> None:
     """The kernel rounds latents to halves. At 0.5, where scores reach 48, that alone makes an error of 1.2e-3."""
