@@ -54,9 +54,10 @@ def attend_twice(cache: Any, queries: mx.array, keys: mx.array, values: mx.array
 @pytest.mark.parametrize("format", FORMATS, ids=str)
 def test_every_format(format: Format, dtype: mx.Dtype) -> None:
     """The check at first use writes twice and compares bytes, those around the rows among them."""
-    for dim in (128, 72):
-        fitted = format.fit(dim)[0]
-        assert can_write_rows("cuda", Rows(fitted, dtype, dim, 2)) == (True, "")
+    assert can_write_rows("cuda", Rows(format.fit(128)[0], dtype, 128, 2)) == (True, "")
+    rotated = "rows of 72 numbers are rotated in MLX's own operations"
+    padded = can_write_rows("cuda", Rows(format.fit(72)[0], dtype, 72, 2))
+    assert padded == ((False, rotated) if format.rotated else (True, ""))
 
 
 CACHES: dict[str, Callable[[], Any]] = {
