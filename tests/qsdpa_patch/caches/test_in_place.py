@@ -6,6 +6,7 @@ A function that writes through NumPy, at once, stands for the kernel: CPUs have 
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -201,3 +202,48 @@ def test_the_buffers_wait_for_what_was_written(cache: QuantizedKVCache) -> None:
     assert cache._spare is not None
     assert cache._spare.hold(buffers or [], 101, 102)
     assert cache.state[0] is buffers
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_batches_whose_sequences_come_and_go(seed: int, writes: list[int]) -> None:
+    """Rows of sequences that were taken out, put together or dropped are those of a batch that MLX alone writes to."""
+    choose = random.Random(seed)
+    mx.random.seed(seed)
+
+    def twins(batch: int, count: int) -> list[BatchQuantizedKVCache]:
+        pair = [BatchQuantizedKVCache(list(range(batch)), FOUR) for _ in range(2)]
+        pair[1]._most_in_place = 0
+        grow(pair, batch, count)
+        return pair
+
+    def grow(pair: list[Any], batch: int, count: int) -> None:
+        new = rows(count, batch), rows(count, batch), rows(count, batch)
+        first, second = (attend(cache, *new) for cache in pair)
+        assert mx.array_equal(first, second)
+
+    batch, pair = 3, twins(3, 9)
+    taken: list[list[Any]] = []
+    for _ in range(60):
+        kind = choose.choice(["append"] * 6 + ["filter", "extend", "extract"])
+        if kind == "filter" and batch > 1:
+            kept = sorted(choose.sample(range(batch), batch - 1))
+            batch -= 1
+            for cache in pair:
+                cache.filter(kept)
+        elif kind == "extend" and batch < 5:
+            for cache, other in zip(pair, twins(2, choose.randint(3, 20)), strict=True):
+                cache.extend(other)
+            batch += 2
+        elif kind == "extract":
+            index = choose.randrange(batch)
+            taken.append([cache.extract(index) for cache in pair])
+            taken[-1][1]._most_in_place = 0
+        else:
+            grow(pair, batch, choose.choice([1, 1, 1, 3]))
+            for single in taken[-2:]:
+                grow(single, 1, 1)
+    assert len(writes) > 30
+    for first, second in [pair, *taken]:
+        stop = first._span()[1]
+        for x, y in zip(first.rows or [], second.rows or [], strict=True):
+            assert mx.array_equal(x[:, :, :stop].view(mx.uint8), y[:, :, :stop].view(mx.uint8))
