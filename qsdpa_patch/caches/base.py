@@ -94,15 +94,15 @@ class QuantizedCache(_BaseCache, ABC):  # type: ignore[misc] # mlx-lm has no ann
 
     @rows.setter
     def rows(self, rows: Rows | None) -> None:
+        """Other buffers, which others may share: none of their rows are spare."""
         self._rows, self._pending, self._spare = rows, None, None
 
     def _settle(self, pending: PendingRows) -> None:
         """Have the buffers depend on what a kernel writes into them."""
         spare = self._spare
         assert self._rows is not None
-        assert spare is not None
-        self.rows = rows = pending.then(self._rows)
-        self._spare = SpareRows(rows, spare.first)
+        self.rows = pending.then(self._rows)
+        self._spare = spare
 
     @property
     def keys(self) -> Rows | None:
@@ -174,7 +174,7 @@ class QuantizedCache(_BaseCache, ABC):  # type: ignore[misc] # mlx-lm has no ann
         """
         if not (attends and self._write_in_place(start, keys, values)):
             self.rows = rows = append(self.rows, start, self._encode(keys, values), limit)
-            self._spare = SpareRows(rows, start + keys.shape[2])
+            self._spare = SpareRows(start + keys.shape[2], capacity(rows))
 
     def _write_in_place(self, start: int, keys: mx.array, values: mx.array) -> bool:
         """Have a kernel write new rows straight into the buffers, from row ``start`` on, and say so if it can.
@@ -187,7 +187,7 @@ class QuantizedCache(_BaseCache, ABC):  # type: ignore[misc] # mlx-lm has no ann
         if pending is not None and pending.awaited:  # of so many, attention takes another route, and will again
             self._most_in_place = min(self._most_in_place, pending.count - 1)
         stop = start + count
-        if count > self._most_in_place or not spare.hold(rows, start, stop):
+        if count > self._most_in_place or not spare.hold(start, stop):
             return False
         assert self._layout is not None
         write = self._layout.writer(keys, values)

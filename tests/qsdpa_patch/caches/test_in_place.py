@@ -142,6 +142,20 @@ def test_a_shallow_copy_has_no_spare_rows_either(cache: QuantizedKVCache, writes
     assert writes == [101]
 
 
+def test_buffers_that_came_from_elsewhere_have_no_spare_rows(cache: QuantizedKVCache, writes: list[int]) -> None:
+    other = QuantizedKVCache(FOUR)
+    append(other, 100)
+    append(other)
+    buffers, *counters = cache.state
+    other.state = ([x[:] for x in buffers], *counters)
+    append(cache)
+    before = [mx.contiguous(x[:, :, :102]) for x in cache.rows or []]
+    mx.eval(before)
+    append(other)
+    assert writes == [101, 101, 102]
+    assert all(mx.array_equal(x, y[:, :, :102]) for x, y in zip(before, cache.rows or []))
+
+
 def test_full_buffers_grow(cache: QuantizedKVCache, writes: list[int]) -> None:
     full = cache._capacity
     for _ in range(full - 101 + 2):
@@ -200,7 +214,7 @@ def test_the_buffers_wait_for_what_was_written(cache: QuantizedKVCache) -> None:
     buffers = cache.rows
     assert cache._pending is None
     assert cache._spare is not None
-    assert cache._spare.hold(buffers or [], 101, 102)
+    assert cache._spare.hold(101, 102)
     assert cache.state[0] is buffers
 
 
