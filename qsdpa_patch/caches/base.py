@@ -174,20 +174,21 @@ class QuantizedCache(_BaseCache, ABC):  # type: ignore[misc] # mlx-lm has no ann
         """
         if not (attends and self._write_in_place(start, keys, values)):
             self.rows = rows = append(self.rows, start, self._encode(keys, values), limit)
-            self._spare = SpareRows(start + keys.shape[2], capacity(rows))
+            self._spare = SpareRows.after(start + keys.shape[2], rows)
 
     def _write_in_place(self, start: int, keys: mx.array, values: mx.array) -> bool:
         """Have a kernel write new rows straight into the buffers, from row ``start`` on, and say so if it can.
 
         For few rows, whose attention reads packed ones: whatever else needed them would have to wait for them.
         """
-        rows, spare, pending, count = self._rows, self._spare, self._pending, keys.shape[2]
-        if rows is None or spare is None:
+        rows, spare, pending, shape = self._rows, self._spare, self._pending, keys.shape
+        if rows is None or spare is None or len(shape) != 4:
             return False
         if pending is not None and pending.awaited:  # of so many, attention takes another route, and will again
             self._most_in_place = min(self._most_in_place, pending.count - 1)
+        batch, heads, count, _ = shape
         stop = start + count
-        if count > self._most_in_place or not spare.hold(start, stop):
+        if count > self._most_in_place or not spare.hold(batch, heads + values.shape[1], start, stop):
             return False
         assert self._layout is not None
         write = self._layout.writer(keys, values)

@@ -5,6 +5,7 @@ A function that writes through NumPy, at once, stands for the kernel: CPUs have 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import random
 from collections.abc import Callable
@@ -208,13 +209,24 @@ def test_new_rows_of_another_shape_are_refused(cache: QuantizedKVCache, writes: 
     assert (cache.offset, writes) == (101, [101])
 
 
+@pytest.mark.parametrize(("batch", "heads"), [(2, HEADS), (1, HEADS + 1), (1, 1)])
+def test_new_rows_that_the_buffers_have_no_place_for(
+    cache: QuantizedKVCache, writes: list[int], batch: int, heads: int
+) -> None:
+    """No kernel may write beyond the buffers: MLX gets such rows, and says what is wrong or broadcasts them."""
+    x = mx.random.normal((batch, heads, 1, DIM)).astype(mx.float16)
+    with contextlib.suppress(ValueError):
+        attend(cache, x, x, x)
+    assert writes == [101]
+
+
 def test_the_buffers_wait_for_what_was_written(cache: QuantizedKVCache) -> None:
     """Reading them runs the kernel, and leaves the spare rows spare."""
     assert cache._pending is not None
     buffers = cache.rows
     assert cache._pending is None
     assert cache._spare is not None
-    assert cache._spare.hold(101, 102)
+    assert cache._spare.hold(1, 2 * HEADS, 101, 102)
     assert cache.state[0] is buffers
 
 
