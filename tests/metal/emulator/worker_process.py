@@ -107,8 +107,10 @@ def run(
         "threadgroup": tuple(threadgroup), "flags": flags,
         "blocks": len(blocks),
     }  # fmt: skip
-    reply = _Worker.shared().ask(request)
+    worker = _Worker.shared()
+    reply = worker.ask(request)
     if reply["error"]:
+        worker.stop()  # whatever a kernel that breaks the rules has written to is not for the next one
         names = [a.name for a in arguments]
         raise MetalError(re.sub(r"buffer #(\d+)", lambda m: f"buffer '{names[int(m[1])]}'", reply["error"]))
     costs = {a.name: BufferCost(**counters) for a, counters in zip(arguments, reply["buffers"])}
@@ -122,7 +124,7 @@ def run(
 
 
 class _Worker:
-    """The worker process, started at the first launch and again after a crash."""
+    """The worker process, started at the first launch, and again after a crash or a kernel that broke the rules."""
 
     _instance: _Worker | None = None
 
@@ -139,6 +141,13 @@ class _Worker:
             cls._instance = cls()
         return cls._instance
 
+    def stop(self) -> int:
+        """End the process; its exit status."""
+        _Worker._instance = None
+        atexit.unregister(self._process.kill)
+        self._process.kill()
+        return self._process.wait()
+
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None
@@ -150,9 +159,7 @@ class _Worker:
                 raise MetalError(f"the kernel ran for more than {TIMEOUT_SECONDS} seconds")
             reply: dict[str, Any] = pickle.load(stdout)
         except (EOFError, BrokenPipeError, MetalError) as error:
-            _Worker._instance = None
-            self._process.kill()
-            status = self._process.wait()
+            status = self.stop()
             if isinstance(error, MetalError):
                 raise
             raise MetalError(f"the kernel crashed the process that ran it (status {status})") from None
