@@ -29,16 +29,17 @@ class PendingRows:
 
     Attributes:
         count: how many rows are new.
+        sides: the new rows, for a kernel that stores them and then says so to :meth:`stored`; ``None`` where one does.
         after: what stands for earlier writes, until these are on their way.
         awaited: whether operations of MLX needed the rows.
     """
 
-    __slots__ = ("_buffers", "_sides", "_stop", "_token", "_write", "after", "awaited", "count")
+    __slots__ = ("_buffers", "_stop", "_token", "_write", "after", "awaited", "count", "sides")
 
     def __init__(
         self, sides: list[mx.array], write: RowWriter, buffers: list[mx.array], stop: int, after: mx.array | None
     ) -> None:
-        self._sides: list[mx.array] | None = sides
+        self.sides: list[mx.array] | None = sides
         self._write = write
         self._buffers = buffers
         self._stop = stop
@@ -47,20 +48,15 @@ class PendingRows:
         self.awaited = False
         self.count = sides[0].shape[2]
 
-    @property
-    def sides(self) -> list[mx.array] | None:
-        """The new rows, for a kernel that stores them and then says so to :meth:`stored`; ``None`` where one does."""
-        return self._sides
-
     def stored(self, token: mx.array) -> None:
         """A kernel stores the rows; ``token``, an output of it, stands for that."""
-        self._token, self._sides, self.after = token, None, None
+        self._token, self.sides, self.after = token, None, None
 
     @property
     def token(self) -> mx.array:
         """What stands for the writes."""
-        if self._sides is not None:
-            self.stored(self._write(self._sides, self._buffers, self._stop, self.after))
+        if self.sides is not None:
+            self.stored(self._write(self.sides, self._buffers, self._stop, self.after))
         assert self._token is not None
         return self._token
 

@@ -23,7 +23,7 @@ from qsdpa_patch.kernels.row_kernel import RowKernel, Rows, can_rotate, launch, 
 
 __all__ = [
     "bytes_apart", "check_rows", "has_row_kernel", "quantize_rows", "quantize_rows_in_ops", "row_quantizer",
-    "sample_rows",
+    "sample_rows", "tried_out",
 ]  # fmt: skip
 
 _log = logging.getLogger("qsdpa_patch")
@@ -139,23 +139,31 @@ def has_row_kernel(backend: str, rows: Rows) -> tuple[bool, str]:
         return False, "the CPU quantizes rows in MLX's own operations"
     if rows.format.symmetric:
         return False, "symmetric formats are quantized in MLX's own operations"
+    return tried_out(backend, rows, "the kernel that quantizes rows", _bytes_wrong)
+
+
+def tried_out(backend: str, rows: Rows, name: str, bytes_wrong: Callable[[str, Rows], int]) -> tuple[bool, str]:
+    """Whether ``backend`` is available and its kernel gives the bytes of MLX's operations, and if not, why: logged."""
     available, reason = load_backend(backend).is_available()
-    problem = "" if not available else _problem(backend, rows)
+    if not available:
+        return False, reason
+    problem = ""
+    try:
+        if wrong := bytes_wrong(backend, rows):
+            problem = f"{name} is wrong on this device: {wrong} bytes differ"
+    except (RuntimeError, ValueError) as error:
+        problem = f"{name} failed on this device: {error}"
     if problem:
         _log.warning("qsdpa_patch: %s (%s)", problem, rows)
-    return available and not problem, reason or problem
+    return not problem, problem
 
 
-def _problem(backend: str, rows: Rows) -> str:
-    """What is wrong with the kernel on this device, or an empty string."""
-    try:
-        sides = sample_rows(rows)
-        batch, heads, count, _ = sides[0].shape
-        actual = _prepared(_kernel(backend, rows), rows, batch, heads * len(sides), count)(sides)
-        wrong = bytes_apart(actual, quantize_rows_in_ops(sides, rows.format))
-    except (RuntimeError, ValueError) as error:
-        return f"the kernel that quantizes rows failed on this device: {error}"
-    return f"the kernel that quantizes rows is wrong on this device: {wrong} bytes differ" if wrong else ""
+def _bytes_wrong(backend: str, rows: Rows) -> int:
+    """Bytes of some rows that the kernel quantizes unlike MLX's operations."""
+    sides = sample_rows(rows)
+    batch, heads, count, _ = sides[0].shape
+    actual = _prepared(_kernel(backend, rows), rows, batch, heads * len(sides), count)(sides)
+    return bytes_apart(actual, quantize_rows_in_ops(sides, rows.format))
 
 
 def sample_rows(rows: Rows) -> list[mx.array]:

@@ -12,22 +12,19 @@ the one here never runs.
 from __future__ import annotations
 
 import importlib
-import logging
 from collections.abc import Sequence
 from functools import cache, lru_cache
 from typing import cast
 
 import mlx.core as mx
 
-from qsdpa_patch.kernels.backends import default_backend_name, load_backend
+from qsdpa_patch.kernels.backends import default_backend_name
 from qsdpa_patch.kernels.format import Format
 from qsdpa_patch.kernels.pending_rows import PendingRows, RowWriter
 from qsdpa_patch.kernels.row_kernel import Rows, can_rotate, launch, thread_count
-from qsdpa_patch.kernels.row_quantization import bytes_apart, check_rows, quantize_rows_in_ops, sample_rows
+from qsdpa_patch.kernels.row_quantization import bytes_apart, check_rows, quantize_rows_in_ops, sample_rows, tried_out
 
 __all__ = ["can_write_rows", "row_writer"]
-
-_log = logging.getLogger("qsdpa_patch")
 
 
 def row_writer(sides: Sequence[mx.array], format: Format) -> RowWriter | None:
@@ -62,11 +59,7 @@ def can_write_rows(backend: str, rows: Rows) -> tuple[bool, str]:
         return False, f"there is no kernel that writes rows into buffers on {backend}"
     if reason := _unfit(rows):
         return False, reason
-    available, reason = load_backend(backend).is_available()
-    problem = "" if not available else _problem(backend, rows)
-    if problem:
-        _log.warning("qsdpa_patch: %s (%s)", problem, rows)
-    return available and not problem, reason or problem
+    return tried_out(backend, rows, "the kernel that writes rows into buffers", _bytes_wrong)
 
 
 def _unfit(rows: Rows) -> str:
@@ -76,15 +69,6 @@ def _unfit(rows: Rows) -> str:
     if rows.format.rotated and not can_rotate(rows.dim):
         return f"rows of {rows.dim} numbers are rotated in MLX's own operations"
     return ""
-
-
-def _problem(backend: str, rows: Rows) -> str:
-    """What is wrong with the kernel on this device, or an empty string."""
-    try:
-        wrong = _bytes_wrong(backend, rows)
-    except (RuntimeError, ValueError) as error:
-        return f"the kernel that writes rows into buffers failed on this device: {error}"
-    return f"the kernel that writes rows into buffers is wrong on this device: {wrong} bytes differ" if wrong else ""
 
 
 def _bytes_wrong(backend: str, rows: Rows) -> int:

@@ -14,12 +14,22 @@ from typing import Any
 
 import mlx.core as mx
 
+from qsdpa_patch.caches import BatchQuantizedKVCache, QuantizedKVCache, QuantizedRotatingKVCache
 from qsdpa_patch.caches.base import QuantizedCache
+from qsdpa_patch.kernels.format import Format
 
 Attend = Callable[[Any, mx.array, mx.array, mx.array], mx.array]
 """``attend(cache, queries, keys, values)`` stores new rows and attends to all."""
 
 HEADS, DIM = 2, 64
+
+CACHES: dict[str, Callable[[], QuantizedCache]] = {
+    "growing": lambda: QuantizedKVCache(Format.affine(4)),
+    "eight bits": lambda: QuantizedKVCache(Format.affine(8, 32)),
+    "mxfp4": lambda: QuantizedKVCache("mxfp4"),
+    "rotating": lambda: QuantizedRotatingKVCache(600, 4, Format.affine(4)),
+    "batch": lambda: BatchQuantizedKVCache([0, 3], Format.affine(4)),
+}
 
 
 @dataclass

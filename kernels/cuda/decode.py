@@ -72,10 +72,10 @@ class DecodeKernel:
         tickets = take_tickets(self._ticket_size)
         inputs += (repeated(call.scale, count), tickets)
         kernel, launch, pending = self._variant(call, True), self._launch_over(count, True), stack.pending
-        new = None
+        new = written = None
         if pending is not None:
             new = self._rows_to_store(stack, pending)
-        written = None if pending is None else pending.token if new is None else pending.after
+            written = pending.token if new is None else pending.after
         inputs.append(tickets if written is None else written)  # any array, where there is nothing to wait for
         if self._stores_new_rows:
             inputs += _no_rows(call.signature.dtype) if new is None else new

@@ -7,12 +7,12 @@ from typing import Any
 
 import mlx.core as mx
 
-from qsdpa_patch.kernels.cuda.custom_kernel import CustomKernel, custom_kernel
-from qsdpa_patch.kernels.cuda.row_quantization import THREAD
+from qsdpa_patch.kernels.cuda.custom_kernel import CustomKernel
+from qsdpa_patch.kernels.cuda.row_quantization import compiled
 from qsdpa_patch.kernels.cuda.scales import repeated
-from qsdpa_patch.kernels.cuda.source import cuda_type, format_mode, headers
+from qsdpa_patch.kernels.cuda.source import cuda_type
 from qsdpa_patch.kernels.pending_rows import RowWriter
-from qsdpa_patch.kernels.row_kernel import OUTPUTS, Rows, kernel_body
+from qsdpa_patch.kernels.row_kernel import OUTPUTS, Rows
 
 __all__ = ["row_writer", "writing_kernel"]
 
@@ -33,10 +33,8 @@ def writing_kernel(rows: Rows) -> CustomKernel:
         f"{name}_strides[0], {name}_strides[1], {name}_strides[2]}}"
         for name, type in zip(OUTPUTS, types)
     ]
-    body = kernel_body(rows, cuda_type(rows.dtype), format_mode(rows.format), THREAD, places)
     inputs = [*rows.inputs, *OUTPUTS, "extent", "after"]
-    header = headers(("modes.cuh", "row_quantization.cuh"))
-    return custom_kernel("qsdpa_write_rows", inputs, ["written"], f"using namespace qsdpa;\n{body}", header)
+    return compiled("qsdpa_write_rows", rows, inputs, ["written"], places)
 
 
 def row_writer(rows: Rows, launch: dict[str, Any]) -> RowWriter:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -11,17 +10,15 @@ from mlx_lm.models import base
 
 import qsdpa_patch
 from qsdpa_patch.caches import (
-    BatchQuantizedKVCache,
     QuantizedChunkedKVCache,
     QuantizedKVCache,
-    QuantizedRotatingKVCache,
 )
 from qsdpa_patch.dispatcher import make_dispatcher
 from qsdpa_patch.kernels.cuda import backend
 from qsdpa_patch.kernels.format import AFFINE_BITS, AFFINE_GROUP_SIZES, FLOAT_FORMATS, Format
 from qsdpa_patch.kernels.row_kernel import Rows
 from qsdpa_patch.kernels.row_writing import can_write_rows
-from tests.in_place_walks import DIM, HEADS, Walk
+from tests.in_place_walks import CACHES, DIM, HEADS, Walk
 
 _AVAILABLE, _REASON = backend.is_available()
 pytestmark = pytest.mark.skipif(not _AVAILABLE, reason=_REASON)
@@ -58,15 +55,6 @@ def test_every_format(format: Format, dtype: mx.Dtype) -> None:
     rotated = "rows of 72 numbers are rotated in MLX's own operations"
     padded = can_write_rows("cuda", Rows(format.fit(72)[0], dtype, 72, 2))
     assert padded == ((False, rotated) if format.rotated else (True, ""))
-
-
-CACHES: dict[str, Callable[[], Any]] = {
-    "growing": lambda: QuantizedKVCache(FOUR),
-    "eight bits": lambda: QuantizedKVCache(Format.affine(8, 32)),
-    "mxfp4": lambda: QuantizedKVCache("mxfp4"),
-    "rotating": lambda: QuantizedRotatingKVCache(600, 4, FOUR),
-    "batch": lambda: BatchQuantizedKVCache([0, 3], FOUR),
-}
 
 
 @pytest.mark.parametrize("seed", range(4))

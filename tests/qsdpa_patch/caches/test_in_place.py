@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import random
-from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -19,7 +18,6 @@ from qsdpa_patch.caches import (
     BatchQuantizedKVCache,
     QuantizedChunkedKVCache,
     QuantizedKVCache,
-    QuantizedRotatingKVCache,
 )
 from qsdpa_patch.caches import codec as codec_module
 from qsdpa_patch.caches import packed_rows as packed_rows_module
@@ -27,7 +25,7 @@ from qsdpa_patch.callers import TAKES_STACK_MEMBERS
 from qsdpa_patch.kernels.format import Format
 from qsdpa_patch.kernels.pending_rows import RowWriter
 from qsdpa_patch.kernels.row_quantization import quantize_rows
-from tests.in_place_walks import DIM, HEADS, Walk
+from tests.in_place_walks import CACHES, DIM, HEADS, Walk
 
 FOUR = Format.affine(4)
 
@@ -91,13 +89,6 @@ def cache(writes: list[int], monkeypatch: pytest.MonkeyPatch) -> QuantizedKVCach
     append(cache)
     assert writes == [101]
     return cache
-
-
-CACHES: dict[str, Callable[[], Any]] = {
-    "growing": lambda: QuantizedKVCache(FOUR),
-    "rotating": lambda: QuantizedRotatingKVCache(600, 4, FOUR),
-    "batch": lambda: BatchQuantizedKVCache([0, 3], FOUR),
-}
 
 
 @pytest.mark.parametrize("seed", range(8))
