@@ -320,10 +320,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Time the CUDA kernels beside what MLX has.")
     parser.add_argument("names", nargs="*", help=f"of {', '.join(SHAPES)}; all by default")
     parser.add_argument("--no-peers", action="store_true", help="only the kernels")
-    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--json", type=Path, help="write the figures here, after each shape")
     options = parser.parse_args()
     bandwidth = copy_bandwidth()
-    ceiling = max(bandwidth, _NOMINAL_BANDWIDTH)
     print(f"mlx {version('mlx')}; copy bandwidth {bandwidth / 1e12:.2f} TB/s; times in microseconds")
     print("| shape | MB | fused | of copy | TFLOP/s | stock | dequantize + SDPA | unquantized SDPA |")
     print("|---|---|---|---|---|---|---|---|")
@@ -332,20 +331,21 @@ def main() -> None:
     for name in options.names or SHAPES:
         row = _measure(SHAPES[name], not options.no_peers, unquantized)
         rows.append({"name": name, **row})
-        if "reason" in row:
-            print(f"| {row['shape']} | {row['megabytes']:.0f} | {row['reason']} |")
-            continue
-        seconds = float(row["fused"]) * 1e-6
-        share = float(row["megabytes"]) * 1e6 / seconds / ceiling
-        rate = SHAPES[name].operations / seconds / 1e12
-        peers = [_against(row, peer) for peer in ("stock", "dequantized", "unquantized")]
-        print(
-            f"| {row['shape']} | {row['megabytes']:.0f} | {row['fused']:.1f} | {share:.0%} | {rate:.0f} | "
-            f"{' | '.join(peers)} |",
-            flush=True,
-        )
-    if options.json:
-        options.json.write_text(json.dumps({"bandwidth": bandwidth, "rows": rows}, indent=1))
+        print(_table_row(row, SHAPES[name], max(bandwidth, _NOMINAL_BANDWIDTH)), flush=True)
+        if options.json:
+            options.json.write_text(json.dumps({"bandwidth": bandwidth, "rows": rows}, indent=1))
+
+
+def _table_row(row: dict[str, float | str], shape: Shape, ceiling: float) -> str:
+    """``row`` as a line of a Markdown table; ``ceiling`` in bytes a second."""
+    if "reason" in row:
+        return f"| {row['shape']} | {row['megabytes']:.0f} | {row['reason']} |"
+    seconds = float(row["fused"]) * 1e-6
+    share = float(row["megabytes"]) * 1e6 / seconds / ceiling
+    rate = shape.operations / seconds / 1e12
+    peers = [_against(row, peer) for peer in ("stock", "dequantized", "unquantized")]
+    cells = (row["shape"], f"{row['megabytes']:.0f}", f"{row['fused']:.1f}", f"{share:.0%}", f"{rate:.0f}", *peers)
+    return f"| {' | '.join(map(str, cells))} |"
 
 
 def _against(row: dict[str, float | str], peer: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from qsdpa_patch.argument_types import positive
 from qsdpa_patch.bench.model_suite import RANDOM_MODELS, random_llama
 from qsdpa_patch.bench.plan import DTYPES, SUITES, plan_cases
 from qsdpa_patch.bench.plot import PlotError, load_pyplot, write_plot
+from qsdpa_patch.bench.results import BenchmarkRun
 from qsdpa_patch.bench.runner import BenchmarkOptions, run_cases
 from qsdpa_patch.bench.table import print_results
 from qsdpa_patch.kernels.backends import CHOICES
@@ -71,7 +73,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--calls", type=positive, help="per timed run; on the CPU 8, of prefill and append 1; on a GPU up to 160"
     )
     output = parser.add_argument_group("output")
-    output.add_argument("--json", metavar="FILE", help="write all samples as JSON ('-': to standard output, alone)")
+    output.add_argument(
+        "--json",
+        metavar="FILE",
+        help="write all samples as JSON, after each case ('-': to standard output, alone, at the end)",
+    )
     output.add_argument("--plot", metavar="FILE.png", help="draw the medians; needs matplotlib")
 
 
@@ -79,24 +85,38 @@ def run(args: argparse.Namespace) -> int:
     """Run the benchmark; the exit status."""
     try:
         _choose_device(args.device)
-        if args.plot:
-            load_pyplot()  # to fail now rather than when everything is measured
+        if args.plot:  # both fail now rather than when everything is measured
+            load_pyplot()
+            _check_writable("--plot", Path(args.plot))
+        json_file = Path(args.json) if args.json and args.json != "-" else None
+        if json_file:
+            _check_writable("--json", json_file)
         cases = list(plan_cases(args))
         model = _load(args.model, args.dtype) if args.model else None
     except (PlotError, ValueError, OSError) as error:
         print(f"qsdpa bench: {error}", file=sys.stderr)
         return 2
     command = shlex.join(["qsdpa", *sys.argv[1:]])
-    benchmark = run_cases(cases, BenchmarkOptions(args.kernels, args.seconds, args.calls, model, args.layers), command)
+    options = BenchmarkOptions(args.kernels, args.seconds, args.calls, model, args.layers)
+    benchmark = run_cases(cases, options, command, lambda run: _write_json(run, json_file))
+    _write_json(benchmark, json_file)
     if args.plot and benchmark.results:
         write_plot(benchmark, Path(args.plot))
     if args.json == "-":
         print(json.dumps(benchmark.to_dict(), indent=1))
         return 0
-    if args.json:
-        Path(args.json).write_text(json.dumps(benchmark.to_dict(), indent=1) + "\n", encoding="utf-8")
     print_results(benchmark, Console(width=None if sys.stdout.isatty() else _FILE_WIDTH))
     return 0
+
+
+def _check_writable(option: str, path: Path) -> None:
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ValueError(f"{option} {path}: cannot be written; give a file in a folder that exists")
+
+
+def _write_json(benchmark: BenchmarkRun, path: Path | None) -> None:
+    if path:
+        path.write_text(json.dumps(benchmark.to_dict(), indent=1) + "\n", encoding="utf-8")
 
 
 def _load(name: str, dtype: str | None) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,8 +41,16 @@ class BenchmarkOptions:
     layers: int = 4
 
 
-def run_cases(cases: Sequence[Case], options: BenchmarkOptions, command: str) -> BenchmarkRun:
-    """Run ``cases`` in order, with a line on standard error for each. Interrupted, it returns what there is."""
+def run_cases(
+    cases: Sequence[Case],
+    options: BenchmarkOptions,
+    command: str,
+    after_case: Callable[[BenchmarkRun], None] = lambda run: None,
+) -> BenchmarkRun:
+    """Run ``cases`` in order, with a line on standard error for each. Interrupted, it returns what there is.
+
+    after_case: called with the results so far; whoever stores them loses nothing when the process ends early.
+    """
     qsdpa_patch.disable()  # QSDPA_PATCH=1 may have enabled it, and mlx-lm's own path is to be timed too
     run = BenchmarkRun(describe_machine(), measure_device_limits(), command)
     try:
@@ -52,6 +60,7 @@ def run_cases(cases: Sequence[Case], options: BenchmarkOptions, command: str) ->
             mx.random.seed(0)
             measurements = measure(_paths(case, options), seconds=options.seconds, calls=_calls(case, options))
             run.results.append(CaseResult.of(case, measurements))
+            after_case(run)
             mx.clear_cache()
     except KeyboardInterrupt:
         print("interrupted; the results so far:", file=sys.stderr)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import mlx.core as mx
 import pytest
@@ -43,6 +45,44 @@ def test_each_call_takes_the_output_of_the_last(value_dim: int, monkeypatch: pyt
         results.append(queries[-1].astype(mx.float32))
     for other in results[1:]:
         assert mx.allclose(other, results[0], atol=0.02).item()
+
+
+def test_the_figures_are_written_after_each_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a run that ends early keeps what it measured."""
+    figures: dict[str, float | str] = {
+        "megabytes": 151.0,
+        "fused": 40.0,
+        "stock": 800.0,
+        "dequantized": "failed: x",
+        "unquantized": 120.0,
+    }
+    measured: list[Shape] = []
+
+    def measure(shape: Shape, *_: object) -> dict[str, float | str]:
+        measured.append(shape)
+        if len(measured) == 3:
+            raise KeyboardInterrupt
+        return {"shape": str(shape), **figures}
+
+    monkeypatch.setattr(benchmark, "copy_bandwidth", lambda: 4e12)
+    monkeypatch.setattr(benchmark, "_measure", measure)
+    file = tmp_path / "figures.json"
+    monkeypatch.setattr("sys.argv", ["benchmark", "--json", str(file), "4bit", "8bit", "mha"])
+    with pytest.raises(KeyboardInterrupt):
+        benchmark.main()
+    assert measured == [SHAPES[name] for name in ("4bit", "8bit", "mha")]
+    data = json.loads(file.read_text())
+    assert data["bandwidth"] == 4e12
+    assert [(row["name"], row["fused"], row["stock"]) for row in data["rows"]] == [
+        ("4bit", 40, 800),
+        ("8bit", 40, 800),
+    ]
+
+
+def test_a_row_of_the_table() -> None:
+    row: dict[str, float | str] = {"shape": "S", "megabytes": 172.0, "fused": 80.0, "stock": 800.0, "unquantized": "no"}
+    assert benchmark._table_row(row, SHAPES["4bit"], 4.3e12) == "| S | 172 | 80.0 | 50% | 27 | 800.0 (10.0x) | - | no |"
+    assert benchmark._table_row({**row, "reason": "why"}, SHAPES["4bit"], 4.3e12) == "| S | 172 | why |"
 
 
 def test_shapes_have_names_of_their_own() -> None:

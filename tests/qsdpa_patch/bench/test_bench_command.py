@@ -15,8 +15,9 @@ from mlx_lm.models import llama
 
 import qsdpa_patch
 from qsdpa_patch import callers
-from qsdpa_patch.bench import append_suite, command
+from qsdpa_patch.bench import append_suite, command, runner
 from qsdpa_patch.bench.limits import DeviceLimits
+from qsdpa_patch.bench.measurement import measure
 from qsdpa_patch.bench.model_suite import RANDOM_MODELS
 from tests.qsdpa_patch.demo.tiny_model import write_tiny_model
 
@@ -85,6 +86,33 @@ def test_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     for expected in ("decode: B1 Hq4 Hkv2 D64 L1, 8-bit g64, float32", "qsdpa_patch", QUANTIZED, "speed-up"):
         assert expected in printed
+
+
+def test_json_holds_the_cases_before_one_that_ends_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure_once(*args: Any, **kwargs: Any) -> Any:
+        monkeypatch.setattr(runner, "measure", out_of_memory)
+        return measure(*args, **kwargs)
+
+    def out_of_memory(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(runner, "measure", measure_once)
+    file = tmp_path / "out.json"
+    with pytest.raises(MemoryError):
+        bench("--context", "33", "64", "--json", str(file))
+    (result,) = json.loads(file.read_text())["results"]
+    assert result["context"] == 33
+
+
+@pytest.mark.parametrize("option", ["--json", "--plot"])
+def test_a_file_that_cannot_be_written_is_said_before_anything_is_measured(
+    option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "run_cases", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(command, "load_pyplot", lambda: None)
+    for path in (tmp_path / "missing" / "out", tmp_path):
+        assert bench(option, str(path)) == 2
+        assert f"qsdpa bench: {option} {path}: cannot be written" in capsys.readouterr().err
 
 
 def test_rows_are_stored_as_a_model_stores_them() -> None:
