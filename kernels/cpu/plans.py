@@ -39,8 +39,12 @@ def arrays_of(call: AttentionCall) -> list[mx.array | None]:
 
 
 def arrays_of_stack(call: AttentionCall, stack: PackedStack) -> list[mx.array | None]:
-    """Likewise, with the two arrays of ``stack``, of keys and values, in place of the keys' codes and scales alone."""
-    return [*_unquantized_arrays_of(call), stack.codes, stack.scales, None, None, None, None]
+    """Likewise, with the two arrays of ``stack``, of keys and values, in place of the keys' codes and scales alone.
+
+    The kernel is told how many rows there are, so it takes whole buffers: slices would be two more operations a call.
+    """
+    codes, scales = stack.buffers if stack.pending is None else (stack.codes, stack.scales)
+    return [*_unquantized_arrays_of(call), codes, scales, None, None, None, None]
 
 
 def _unquantized_arrays_of(call: AttentionCall) -> tuple[mx.array | None, ...]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 from qsdpa_patch.caches import QuantizedKVCache
@@ -23,6 +24,8 @@ from qsdpa_patch.kernels.cpu import backend, graph, library, plans
 from qsdpa_patch.kernels.cpu.compiler import CXX, Compiler, CompilerError, find_compiler
 from qsdpa_patch.kernels.cpu.graph import Graph, GraphError
 from qsdpa_patch.kernels.format import Format
+from qsdpa_patch.kernels.pending_rows import PendingRows
+from qsdpa_patch.kernels.quantized_tensor import PackedStack
 from tests.attention_cases import Case, build, relative_error
 from tests.kernels.double_precision import attend_in_double
 from tests.threads import run_in_threads
@@ -143,6 +146,31 @@ def test_slices_are_read_in_place(stacked: bool, kv_heads: int) -> None:
     assert views[1] == view_of(out.view(mx.uint16))
     assert views[2:6] == [view_of(call.mask), view_of(call.sinks), (0,) * 5, (0,) * 5]
     assert views[6:] == [view_of(x if x.dtype != mx.float16 else x.view(mx.uint16)) for x in parts]
+
+
+def test_rows_of_a_cache_that_a_kernel_has_still_to_write() -> None:
+    """A cache that grew on a GPU may be attended to on the CPU."""
+    wanted = build(replace(CALL, stacked=True))
+    stack = wanted.stack
+    assert stack is not None
+    buffers = [mx.concatenate([x[:, :, :-2], mx.zeros_like(x)], axis=2) for x in (stack.codes, stack.scales)]
+    sides = [mx.zeros((1, 2, 2, 64), mx.float16)] * 2
+    written: list[int] = []
+
+    def write(_: list[mx.array], places: list[mx.array], stop: int, after: mx.array | None) -> mx.array:
+        mx.eval(places)
+        for place, x in zip(places, (stack.codes, stack.scales), strict=True):
+            np.asarray(place, copy=False)[:, :, stop - 2 : stop] = np.asarray(x[:, :, -2:])
+        written.append(stop)
+        return mx.zeros((1,))
+
+    pending = PendingRows(sides, write, buffers, stack.rows, None)
+    keys, values = PackedStack(
+        buffers[0], buffers[1], 2, stack.format, dim=stack.dim, dtype=stack.dtype, rows=stack.rows, pending=pending
+    ).members()
+    call = check_call(wanted.queries, keys, values, scale=wanted.scale, mask=wanted.mask, sinks=wanted.sinks)
+    assert mx.array_equal(backend.attend(call), backend.attend(wanted))
+    assert written == [stack.rows]
 
 
 def test_scattered_rows_are_gathered() -> None:
