@@ -12,7 +12,7 @@ from typing import Any
 
 __all__ = ["TARGETS", "TESTED_VERSIONS", "Target", "source_hash"]
 
-TESTED_VERSIONS = {"mlx": ("0.32.0", "0.33"), "mlx-lm": ("0.32.2", "0.33")}
+TESTED_VERSIONS = {"mlx": ("0.32.3", "0.33"), "mlx-lm": ("0.32.2", "0.33")}
 """``distribution -> (first tested, first not tested)``."""
 
 

@@ -10,12 +10,14 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from packaging.version import Version
 
 from qsdpa_patch.caches import QuantizedKVCache
 from qsdpa_patch.kernels.attention_call import AttentionCall, check_call
@@ -269,6 +271,9 @@ def test_threads_may_use_streams_of_their_own_at_once() -> None:
     assert failures == []
 
 
+@pytest.mark.skipif(
+    Version(version("mlx")) < Version("0.32.3"), reason="MLX ends the process where an operation fails on its thread"
+)
 def test_a_kernel_without_memory_is_an_error_of_the_evaluation() -> None:
     call, failing, working = build(CALL), Recorder(result=1), Recorder()
     out = failing.attend(call)
