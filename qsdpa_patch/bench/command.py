@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the benchmark; the exit status."""
     try:
         _choose_device(args.device)
-        if args.plot:  # both fail now rather than when everything is measured
+        if args.plot:  # what cannot be written fails now rather than when everything is measured
             load_pyplot()
             _check_writable("--plot", Path(args.plot))
         json_file = Path(args.json) if args.json and args.json != "-" else None
