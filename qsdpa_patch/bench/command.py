@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -23,6 +22,7 @@ from qsdpa_patch.bench.runner import BenchmarkOptions, run_cases
 from qsdpa_patch.bench.table import print_results
 from qsdpa_patch.kernels.backends import CHOICES
 from qsdpa_patch.kernels.format import AFFINE_GROUP_SIZES, FLOAT_FORMATS
+from qsdpa_patch.output_files import check_writable, json_file, write_json
 
 __all__ = ["add_arguments", "run"]
 
@@ -87,10 +87,8 @@ def run(args: argparse.Namespace) -> int:
         _choose_device(args.device)
         if args.plot:  # what cannot be written fails now rather than when everything is measured
             load_pyplot()
-            _check_writable("--plot", Path(args.plot))
-        json_file = Path(args.json) if args.json and args.json != "-" else None
-        if json_file:
-            _check_writable("--json", json_file)
+            check_writable("--plot", Path(args.plot))
+        file = json_file(args.json)
         cases = list(plan_cases(args))
         model = _load(args.model, args.dtype) if args.model else None
     except (PlotError, ValueError, OSError) as error:
@@ -98,25 +96,20 @@ def run(args: argparse.Namespace) -> int:
         return 2
     command = shlex.join(["qsdpa", *sys.argv[1:]])
     options = BenchmarkOptions(args.kernels, args.seconds, args.calls, model, args.layers)
-    benchmark = run_cases(cases, options, command, lambda run: _write_json(run, json_file))
-    _write_json(benchmark, json_file)
+    benchmark = run_cases(cases, options, command, lambda run: _write_json(run, file))
+    _write_json(benchmark, file)
     if args.plot and benchmark.results:
         write_plot(benchmark, Path(args.plot))
     if args.json == "-":
-        print(json.dumps(benchmark.to_dict(), indent=1))
+        print(json.dumps(benchmark.to_dict(), indent=2))
         return 0
     print_results(benchmark, Console(width=None if sys.stdout.isatty() else _FILE_WIDTH))
     return 0
 
 
-def _check_writable(option: str, path: Path) -> None:
-    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise ValueError(f"{option} {path}: cannot be written; give a file in a folder that exists")
-
-
 def _write_json(benchmark: BenchmarkRun, path: Path | None) -> None:
     if path:
-        path.write_text(json.dumps(benchmark.to_dict(), indent=1) + "\n", encoding="utf-8")
+        write_json(path, benchmark.to_dict())
 
 
 def _load(name: str, dtype: str | None) -> Any:

@@ -19,6 +19,7 @@ from qsdpa_patch.demo.render import print_comparison
 from qsdpa_patch.demo.smollm2 import device_dtype, prepare_model
 from qsdpa_patch.kernels.backends import CHOICES
 from qsdpa_patch.kernels.format import AFFINE_BITS, AFFINE_GROUP_SIZES
+from qsdpa_patch.output_files import json_file, write_json
 
 __all__ = ["add_arguments", "run"]
 
@@ -66,11 +67,12 @@ def run(args: argparse.Namespace) -> int:
         if args.prepare:
             print(prepare_model(_DTYPES.get(args.dtype)))
             return 0
+        file = json_file(args.json)
         model, tokenizer = _load(args.model, args.dtype)
     except (FetchError, OSError, ValueError) as error:
         print(f"qsdpa demo: {error}", file=sys.stderr)
         return 1
-    _compare(model, tokenizer, args)
+    _compare(model, tokenizer, args, file)
     return 0
 
 
@@ -83,7 +85,7 @@ def _load(name: str | None, dtype: str) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def _compare(model: Any, tokenizer: Any, args: argparse.Namespace) -> None:
+def _compare(model: Any, tokenizer: Any, args: argparse.Namespace, file: Path | None) -> None:
     status = Console(stderr=True)
     with status.status("starting") as spinner:
 
@@ -104,10 +106,9 @@ def _compare(model: Any, tokenizer: Any, args: argparse.Namespace) -> None:
             rotate=args.rotate,
             progress=progress,
         )
-    if args.json:
-        text = json.dumps(comparison.to_dict(), indent=2)
-        if args.json == "-":
-            print(text)
-            return
-        Path(args.json).write_text(text + "\n", encoding="utf-8")
+    if args.json == "-":
+        print(json.dumps(comparison.to_dict(), indent=2))
+        return
+    if file:
+        write_json(file, comparison.to_dict())
     print_comparison(comparison, Console())

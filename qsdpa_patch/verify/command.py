@@ -22,6 +22,7 @@ from qsdpa_patch.demo.smollm2 import device_dtype, prepare_model
 from qsdpa_patch.demo.texts import passage
 from qsdpa_patch.kernels.backends import CHOICES
 from qsdpa_patch.kernels.format import AFFINE_BITS, AFFINE_GROUP_SIZES, FLOAT_FORMATS
+from qsdpa_patch.output_files import json_file, write_json
 from qsdpa_patch.verify.bounds import Bounds, exceeded
 from qsdpa_patch.verify.measurement import UNQUANTIZED, Options, Result, verify
 from qsdpa_patch.verify.render import print_results
@@ -84,6 +85,7 @@ def run(args: argparse.Namespace) -> int:
     bounds = Bounds(args.max_perplexity_increase, args.max_mean_kl, args.max_kl, args.min_agreement)
     qsdpa_patch.disable()  # QSDPA_PATCH=1 may have turned it on, and mlx-lm is to be measured as it is
     try:
+        file = json_file(args.json)
         text = passage() if args.text is None else args.text.read_text(encoding="utf-8")
         model, tokenizer = _load(args.model)
         tokens = tokenizer.encode(text)[: args.tokens]
@@ -100,12 +102,12 @@ def run(args: argparse.Namespace) -> int:
         return 2
     failures = exceeded(results, bounds)
     if args.json:
-        content = _content(args, options, bounds, results, failures)
-        document = json.dumps(content | {"tokens": len(tokens), "report": report.to_dict()}, indent=2)
-        if args.json == "-":
-            print(document)
+        document = _content(args, options, bounds, results, failures)
+        document |= {"tokens": len(tokens), "report": report.to_dict()}
+        if file:
+            write_json(file, document)
         else:
-            Path(args.json).write_text(document + "\n", encoding="utf-8")
+            print(json.dumps(document, indent=2))
     if args.json != "-":
         _print(args, options, results, str(report), len(tokens))
     for failure in failures:

@@ -75,6 +75,15 @@ def test_model_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "qsdpa demo:" in capsys.readouterr().err
 
 
+def test_a_file_that_cannot_be_written_is_said_before_a_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "_load", lambda *_: pytest.fail("loaded"))
+    path = tmp_path / "missing" / "out.json"
+    assert demo("--json", str(path)) == 1
+    assert f"qsdpa demo: --json {path}: cannot be written" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("options", [("--kv-bits", "7"), ("--max-tokens", "0"), ("--kernels", "fast")])
 def test_bad_options(options: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):

@@ -66,6 +66,7 @@ def test_the_patch_is_off_for_mlx_lms_own_cache(model: str, capsys: pytest.Captu
         (["--strange"], "unrecognized arguments"),
         (["--key-bits", "7"], "'7' is none of 2, 3, 4, 5, 6, 8, mxfp4"),
         (["--tokens", "1"], "1 is less than 2"),
+        (["--json", "/nowhere/out.json"], "qsdpa verify: --json /nowhere/out.json: cannot be written"),
     ],
 )
 def test_bad_arguments(model: str, options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
