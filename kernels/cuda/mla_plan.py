@@ -83,7 +83,7 @@ def mla_plan(sig: Signature, limits: DeviceLimits) -> MlaPlan:
 
 
 def shared_bytes(sig: Signature, stages: int) -> int:
-    """Shared memory of a block: the sum that ``MlaConfig`` in ``mla.cuh`` makes (and is checked against)."""
+    """Shared memory of a block: the sum that ``mla_config.cuh`` makes (and is checked against)."""
     tile = TILE * (sig.key_dim + _ROPE) * 2
     probabilities, factors = TILE * ROWS * 2, 128 * 8
     return (stages + 1) * tile + probabilities + factors + 2 * 8 * stages

@@ -56,7 +56,10 @@ WIDE_HEADERS = (
     "wide_values.cuh", "wide_softmax.cuh", "wide.cuh",
 )  # fmt: skip
 _WARPGROUPS = (*_COMMON, "wgmma.cuh", "unpack.cuh", "softmax.cuh")
-MLA_HEADERS = (*_WARPGROUPS, "mla.cuh")
+MLA_HEADERS = (
+    *_WARPGROUPS, "mla_config.cuh", "mla_block.cuh", "mla_queries.cuh", "mla_producers.cuh", "mla_handover.cuh",
+    "mla_products.cuh", "mla_consumers.cuh", "mla_merge.cuh", "mla.cuh",
+)  # fmt: skip
 PREFILL_HEADERS = (*_WARPGROUPS, "panels.cuh", "rolling_panels.cuh", "prefill.cuh")
 _TYPES = {mx.float16: "__half", mx.bfloat16: "__nv_bfloat16", mx.float32: "float", mx.uint8: "uint8_t"}
 _MODES = {"mxfp4": 2, "mxfp8": 3, "nvfp4": 4}

@@ -138,17 +138,18 @@ __device__ __forceinline__ void load_queries(u32 tile, int warp, i64 stride, Row
   }
 }
 
-// Likewise, of aligned rows, with all loads of a thread under way at once. A lane finds the address of one row.
-template <typename F, int D, int ROWS, int WARPS, typename RowOf>
-__device__ __forceinline__ void load_queries_at_once(u32 tile, int warp, RowOf row_of) {
+// Likewise, of aligned rows, with all loads of a thread under way at once. `offset_of` gives a row's distance from
+// `queries`; a lane finds that of one row. (Addresses themselves, handed on, would no longer be known to be global.)
+template <typename F, int D, int ROWS, int WARPS, typename T, typename OffsetOf>
+__device__ __forceinline__ void load_queries_at_once(u32 tile, int warp, const T* queries, OffsetOf offset_of) {
   constexpr int EACH = ROWS / WARPS, UNITS = D / 8 / 32, HIGH = run_distance<F>();  // rows of a warp, units of a lane
   static_assert(EACH <= 32 && D % 256 == 0, "lanes have a row each, and the same number of units");
   const int lane = threadIdx.x % 32;
-  const u64 address = reinterpret_cast<u64>(row_of(warp + lane % EACH * WARPS));
+  const i64 offset = offset_of(warp + lane % EACH * WARPS);
   uint2 low[EACH][UNITS], high[EACH][UNITS];
 #pragma unroll
   for (int i = 0; i < EACH; ++i) {
-    const uint2* row = reinterpret_cast<const uint2*>(__shfl_sync(~0u, address, i));
+    const uint2* row = reinterpret_cast<const uint2*>(queries + __shfl_sync(~0u, offset, i));
 #pragma unroll
     for (int u = 0; u < UNITS; ++u) {
       const int unit = u * 32 + lane, first = key_dim<F>(unit / 4, unit % 4, 0, 0);
