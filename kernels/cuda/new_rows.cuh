@@ -14,7 +14,8 @@ struct NewRows {
   View<T> keys, values;
 
   template <typename Lane>
-  __device__ __forceinline__ void store(const DecodeArguments<C>& a, const DecodeWork<C>& work, const Lane& place) const {
+  __device__ __forceinline__ void store(const DecodeArguments<C>& a, const DecodeWork<C>& work,
+                                        const Lane& place) const {
     const int count = keys.shape[2];
     if (count == 0 || !has_part(work, place.team, work.count - count)) return;
     quantize(*this, a, work.batch, work.kv_head);
@@ -27,20 +28,23 @@ struct NewRows {
   __device__ __forceinline__ static bool has_part(const DecodeWork<C>& work, int team, int first) {
     const int stride = work.splits * C::TEAMS, own = work.first_tile(team);
     bool has = false;
-    for (int tile = first / C::TILE; tile * C::TILE < work.count; ++tile) has |= tile >= own && (tile - own) % stride == 0;
+    for (int tile = first / C::TILE; tile * C::TILE < work.count; ++tile)
+      has |= tile >= own && (tile - own) % stride == 0;
     return has;
   }
 
   // All rows of a head, by each team that has some: they write the same.
-  __device__ __forceinline__ static void quantize(const NewRows& rows, const DecodeArguments<C>& a, int batch, int head) {
+  __device__ __forceinline__ static void quantize(const NewRows& rows, const DecodeArguments<C>& a, int batch,
+                                                  int head) {
     using F = typename C::K;
     using Scale = typename F::Scale;
     const int count = rows.keys.shape[2];
     const i64 first = a.keys.shape[2] - count;
     auto side = [&](const View<T>& x) {
-      return Side<T>{x.data + batch * x.strides[0] + head * x.strides[1], 1, 0, 0, x.strides[2], x.strides[3]};
+      const Rows<T> own = x.rows(batch, head);
+      return Side<T>{own.data, 1, 0, 0, own.row_stride, own.element_stride};
     };
-    auto stored = [&](const auto& x) { return x.data + batch * x.strides[0] + head * x.strides[1] + first * x.strides[2]; };
+    auto stored = [&](const auto& x) { return x.rows(batch, head).data + first * x.strides[2]; };
     const Planes<u32> codes{const_cast<u32*>(stored(a.keys)), 0, a.values.data - a.keys.data, a.keys.strides[2]};
     const Planes<Scale> scales{
         const_cast<Scale*>(stored(a.key_scales)), 0, a.value_scales.data - a.key_scales.data, a.key_scales.strides[2]};
