@@ -16,6 +16,9 @@ WINDOW = 24
 
 _EXPERTS = 2
 _HIDDEN = 256
+_STATE = 32
+"""Length of the rows of a recurrent state. In mlx-lm's Metal kernels a lane has length // 32 of their numbers: of
+shorter rows none, so that the state would be whatever is in memory."""
 
 COMMON: dict[str, Any] = {
     "activation_situ_beta": 4.0,
@@ -49,7 +52,7 @@ COMMON: dict[str, Any] = {
     "layernorm_epsilon": 1e-5,
     "linear_allow_neg_eigval": True,
     "linear_conv_kernel_dim": 4,
-    "linear_key_head_dim": 32,
+    "linear_key_head_dim": _STATE,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
     "linear_value_head_dim": 32,
@@ -58,7 +61,7 @@ COMMON: dict[str, Any] = {
     "mamba_conv_bias": True,
     "mamba_d_conv": 4,
     "mamba_d_head": 16,
-    "mamba_d_state": 16,
+    "mamba_d_state": _STATE,
     "mamba_head_dim": 16,
     "mamba_n_groups": 1,
     "mamba_n_heads": 8,
@@ -117,7 +120,7 @@ COMMON: dict[str, Any] = {
     "sliding_window": WINDOW,
     "sliding_window_pattern": 2,
     "sliding_window_size": WINDOW,
-    "ssm_state_size": 16,
+    "ssm_state_size": _STATE,
     "swa_rope_theta": 10000.0,
     "tie_word_embeddings": False,
     "topk_group": 1,
@@ -186,7 +189,7 @@ _KIMI_LINEAR = {
     **_MLA,
     "linear_attn_config": {
         "num_heads": 4,
-        "head_dim": 32,
+        "head_dim": _STATE,
         "short_conv_kernel_size": 4,
         "kda_layers": [1],
         "full_attn_layers": [2],

@@ -45,9 +45,12 @@ def build(architecture: str, seed: int = 0, dtype: mx.Dtype = mx.float32) -> Any
 
 @contextmanager
 def _plain_linear_layers(module: Any) -> Iterator[None]:
-    """Linear layers in place of ternary ones, which exist as a Metal kernel only: attention is the same."""
+    """Linear layers in place of ternary ones, whose packed weights are not drawn: they would all be the same.
+
+    They exist as a Metal kernel only, too. Attention is the same.
+    """
     ternary = getattr(module, "BitLinear", None)
-    if ternary is not None and not mx.metal.is_available():
+    if ternary is not None:
         module.BitLinear = Linear
     try:
         yield
