@@ -8,6 +8,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,6 +107,11 @@ def find_compiler(language: Language = C) -> Compiler:
     candidates = [shlex.split(chosen)] if chosen else [[command] for command in language.commands]
     for command in candidates:
         path = shutil.which(command[0]) if command else None
+        if path and _is_stand_in(path):
+            raise CompilerError(
+                f"no {language.name} compiler: {path} is there, but not Apple's command line tools that it stands for: "
+                "xcode-select --install gets them"
+            )
         if path:
             return Compiler((path, *command[1:]), _version(path), language)
     if chosen:
@@ -114,6 +120,14 @@ def find_compiler(language: Language = C) -> Compiler:
     raise CompilerError(
         f"no {language.name} compiler: none of {', '.join(others)} and {last} is on the path, and {variable} is not set"
     )
+
+
+def _is_stand_in(path: str) -> bool:
+    """Whether ``path`` is a command of macOS that, run without Apple's tools, opens a dialog that offers them."""
+    if sys.platform != "darwin" or Path(path).parent != Path("/usr/bin"):
+        return False
+    status, _ = run_within(20.0, ["/usr/bin/xcode-select", "--print-path"])
+    return status != 0
 
 
 def _version(path: str) -> str:

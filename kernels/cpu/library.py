@@ -125,7 +125,7 @@ def _key(sources: dict[str, str], compiler: Compiler) -> str:
 def host_cpu() -> str:
     """This machine's CPU as far as code made for it goes: a home folder may be shared by several machines."""
     if sys.platform == "darwin":
-        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        command = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]  # a folder that not every path has
         name = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False).stdout
         return f"{platform.machine()} {name}"
     try:

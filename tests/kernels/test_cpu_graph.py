@@ -349,7 +349,7 @@ def test_a_library_that_reads_arrays_elsewhere_is_refused_for_good(
 ) -> None:
     """As if nanobind kept arrays otherwise: whatever that does, it does it to another process."""
     edit = "s/reinterpret_cast<char \\*>(object) + it->distance/reinterpret_cast<char *>(object) + 8/"
-    wrong = compiler(f'sed -i \'{edit}\' "$source"\nexec {find_compiler(CXX).command[0]} "$@"')
+    wrong = compiler(f'sed -i.orig \'{edit}\' "$source"\nexec {find_compiler(CXX).command[0]} "$@"')
     for _ in range(2):
         with pytest.raises(GraphError, match=r"its trial run (ended by signal|failed)"):
             built(wrong)
@@ -359,7 +359,7 @@ def test_a_library_that_reads_arrays_elsewhere_is_refused_for_good(
 
 def test_a_library_with_wrong_results_is_refused(cache: Path, compiler: Callable[[str], Compiler]) -> None:
     edit = "s/scale = scale_, attend/scale = scale_ * 1.1, attend/"
-    wrong = compiler(f'sed -i \'{edit}\' "$source"\nexec {find_compiler(CXX).command[0]} "$@"')
+    wrong = compiler(f'sed -i.orig \'{edit}\' "$source"\nexec {find_compiler(CXX).command[0]} "$@"')
     with pytest.raises(GraphError, match="its trial run failed: its results differ from the reference"):
         built(wrong)
 

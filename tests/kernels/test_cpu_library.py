@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import mlx.core as mx
@@ -114,6 +115,41 @@ def test_without_a_compiler_the_reason_is_given(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setenv("CC", "no-such-cc -O1")
     with pytest.raises(CompilerError, match="CC='no-such-cc -O1' is not on the path"):
         compiler.find_compiler()
+
+
+@pytest.mark.parametrize("tools", [True, False])
+def test_a_stand_in_of_macos_is_not_run_without_the_tools(monkeypatch: pytest.MonkeyPatch, tools: bool) -> None:
+    """It would open a dialog, at ``qsdpa doctor`` say."""
+    ran: list[str] = []
+
+    def run_within(time_limit: float, command: Sequence[str], *_: object) -> tuple[int | None, str]:
+        ran.append(Path(command[0]).name)
+        return (0 if tools else 2), "some version"
+
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(compiler, "run_within", run_within)
+    if tools:
+        assert compiler.find_compiler().command == ("/usr/bin/cc",)
+        assert ran == ["xcode-select", "cc"]
+        return
+    with pytest.raises(CompilerError, match=r"no C compiler: /usr/bin/cc is there, but .* xcode-select --install"):
+        compiler.find_compiler()
+    assert ran == ["xcode-select"]
+
+
+def test_the_processor_of_a_mac_is_found_whatever_the_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        asked.append(command[0])
+        return subprocess.CompletedProcess(command, 0, "Apple M3 Max\n")
+
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(subprocess, "run", run)
+    assert "Apple M3 Max" in library.host_cpu.__wrapped__()
+    assert os.path.isabs(asked[0])
 
 
 def test_cc_may_hold_arguments(monkeypatch: pytest.MonkeyPatch, copying: Compiler) -> None:
