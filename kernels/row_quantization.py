@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import math
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache, partial
 from typing import Any, cast
@@ -30,6 +31,9 @@ _log = logging.getLogger("qsdpa_patch")
 _DTYPES = (mx.float16, mx.bfloat16, mx.float32)
 _FEW = 16
 """Rows that are joined before they are quantized, which takes fewer operations; more are joined once they are small."""
+
+_FEWEST = 8
+"""Numbers of a side that a kernel takes: MLX passes fewer to a Metal kernel as constants, not as device memory."""
 
 _Quantize = Callable[[list[mx.array]], list[mx.array]]
 
@@ -98,9 +102,10 @@ def _plan(format: Format, on_gpu: bool, *described: mx.Dtype | tuple[int, ...]) 
     batch, _, count, dim = shapes[0]
     heads = sum(shape[1] for shape in shapes)
     backend = default_backend_name() if on_gpu else "cpu"
-    for packed in _formats_of_kernels(format, dim):
+    formats = _formats_of_kernels(format, dim) if min(map(math.prod, shapes)) >= _FEWEST else []
+    for packed in formats:
         rows = Rows(packed, dtypes[0], dim, len(shapes))
-        if 0 < thread_count(rows, batch, heads, count) < 1 << 31 and has_row_kernel(backend, rows)[0]:
+        if thread_count(rows, batch, heads, count) < 1 << 31 and has_row_kernel(backend, rows)[0]:
             quantize = _prepared(_kernel(backend, rows), rows, batch, heads, count)
             return quantize if packed == format else partial(_rotated, quantize)
     return partial(quantize_rows_in_ops, format=format)

@@ -202,9 +202,9 @@
       for (int r = 0; r < ROW_TILES; r++) {
         MLX_MTL_PRAGMA_UNROLL
         for (int k = 0; k < KEY_TILES; k++) {
-          const int fragment = (simd_gid * KEY_TILES + k) * ROW_TILES + r;
-          shared[64 * fragment + 8 * at.row + at.column] = scores[r][k][0];
-          shared[64 * fragment + 8 * at.row + at.column + 1] = scores[r][k][1];
+          const int index = (simd_gid * KEY_TILES + k) * ROW_TILES + r;
+          shared[64 * index + 8 * at.row + at.column] = scores[r][k][0];
+          shared[64 * index + 8 * at.row + at.column + 1] = scores[r][k][1];
         }
       }
       threadgroup_barrier(mem_flags::mem_threadgroup);

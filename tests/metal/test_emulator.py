@@ -155,6 +155,7 @@ AT_COMPILE_TIME = [
     Kernel("a vector of too few numbers",
            "float4 v = float4(1, 2, 3); y[i] = v.x;", "wrong number of vector components"),
     Kernel("new", "thread float* p = new float; y[i] = *p;", "error"),
+    Kernel("a variable named as a stage", "float fragment = x[i]; y[i] = fragment;", "'fragment' is a keyword"),
 ]  # fmt: skip
 
 

@@ -111,6 +111,17 @@ def test_rows_that_are_rotated_before(costs: list[Cost], dim: int) -> None:
     assert mx.metal.is_available() or len(costs) == 2  # the check at first use, and this
 
 
+@pytest.mark.parametrize("heads", [(1,), (2, 0), (2, 1)])
+def test_sides_of_few_numbers_take_no_kernel(costs: list[Cost], heads: tuple[int, ...]) -> None:
+    """MLX hands fewer than 8 numbers to a kernel in another address space, for which it would not compile."""
+    format, _ = Format.affine(4).fit(7)
+    sides = [normal(1, n, 1, 7) for n in heads]
+    wanted = row_quantization.quantize_rows_in_ops(sides, format)
+    before = len(costs)
+    assert all(map(mx.array_equal, quantize_rows(sides, format), wanted))
+    assert len(costs) == before
+
+
 @pytest.mark.skipif(mx.metal.is_available(), reason="counts are the emulator's")
 @pytest.mark.parametrize("count", [1, 37])
 def test_one_launch_that_reads_and_writes_each_byte_once(costs: list[Cost], count: int) -> None:

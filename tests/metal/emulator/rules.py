@@ -11,7 +11,12 @@ from tests.metal.emulator.source import tokenize
 
 __all__ = ["broken_rules"]
 
-_NOT_IN_METAL = {"double", "goto", "new", "delete", "virtual", "dynamic_cast", "throw", "try"}
+_NOT_IN_METAL = {
+    "double", "goto", "new", "delete", "virtual", "dynamic_cast", "typeid", "noexcept", "register", "thread_local",
+    "throw", "try",
+}  # fmt: skip
+_RESERVED = {"vertex", "fragment"}
+"""Keywords of Metal's that are none here; the third of them, ``kernel``, is one in OpenCL too."""
 _SYNTAX_ONLY = (
     "-fsyntax-only", "-Wconversion", "-Wno-sign-conversion", "-Xclang", "-ast-dump", "-fno-color-diagnostics",
 )  # fmt: skip
@@ -21,7 +26,9 @@ def broken_rules(unit: Path, command: Sequence[str]) -> list[str]:
     """The rules that the translation unit in the file ``unit`` breaks, in words. ``command``: clang and its options."""
     text = unit.read_text()
     _, _, kernel = text.partition('#line 1 "kernel.metal"\n')
-    words = [f"'{word}' is not in Metal" for word in sorted(_NOT_IN_METAL & set(tokenize(kernel)))]
+    tokens = set(tokenize(kernel))
+    words = [f"'{word}' is not in Metal" for word in sorted(_NOT_IN_METAL & tokens)]
+    words += [f"'{word}' is a keyword of Metal's" for word in sorted(_RESERVED & tokens)]
     syntax = subprocess.run([*command, *_SYNTAX_ONLY, str(unit)], capture_output=True, text=True, check=False)
     return words + _narrowing_to_bfloat(syntax.stderr) + _missing_address_spaces(syntax.stdout)
 
