@@ -18,6 +18,7 @@ import mlx.core as mx
 
 from qsdpa_patch.kernels.backends import default_backend_name, load_backend
 from qsdpa_patch.kernels.format import Format
+from qsdpa_patch.kernels.messages import first_error
 from qsdpa_patch.kernels.quantized_tensor import quantize_parts, stack_parts
 from qsdpa_patch.kernels.rotation import rotate
 from qsdpa_patch.kernels.row_kernel import RowKernel, Rows, can_rotate, launch, thread_count
@@ -152,15 +153,15 @@ def tried_out(backend: str, rows: Rows, name: str, bytes_wrong: Callable[[str, R
     available, reason = load_backend(backend).is_available()
     if not available:
         return False, reason
-    problem = ""
+    problem = message = ""
     try:
         if wrong := bytes_wrong(backend, rows):
             problem = f"{name} is wrong on this device: {wrong} bytes differ"
     except (RuntimeError, ValueError) as error:
-        problem = f"{name} failed on this device: {error}"
+        problem, message = f"{name} failed on this device: ", str(error)
     if problem:
-        _log.warning("qsdpa_patch: %s (%s)", problem, rows)
-    return not problem, problem
+        _log.warning("qsdpa_patch: %s%s (%s)", problem, message, rows)
+    return not problem, problem + first_error(message)
 
 
 def _bytes_wrong(backend: str, rows: Rows) -> int:

@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from qsdpa_patch.kernels.messages import first_error
+
 __all__ = ["CXX", "Compiler", "CompilerError", "Language", "find_compiler", "run_within"]
 
 TIME_LIMIT = 120.0
@@ -144,9 +146,7 @@ def _failure(command: list[str], time_limit: float) -> str:
         return ""
     if status is None:
         raise CompilerError(f"{command[0]} did not end within {time_limit:g} s")
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
-    errors = [line for line in lines if "error" in line.lower()]
-    return (errors or lines or [f"exit status {status}"])[0][:300]
+    return first_error(output) or f"exit status {status}"
 
 
 def run_within(

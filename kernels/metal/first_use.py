@@ -16,6 +16,7 @@ import mlx.core as mx
 from qsdpa_patch.kernels import reference
 from qsdpa_patch.kernels.attention_call import AttentionCall, RopeTerm, Signature, check_call
 from qsdpa_patch.kernels.format import Format
+from qsdpa_patch.kernels.messages import first_error
 from qsdpa_patch.kernels.metal.plan import KEYS_PER_SPLIT, Family, family_of
 from qsdpa_patch.kernels.quantized_tensor import QuantizedTensor, quantize, stack_alike
 
@@ -27,11 +28,16 @@ _TOLERANCES = {mx.float16: 2e-3, mx.bfloat16: 1e-2, mx.float32: 1e-4}
 """Wide enough for any device's exponentials: a kernel that is wrong is wrong by far more."""
 _COUNTS = (37, 2 * KEYS_PER_SPLIT + 5)
 """Numbers of keys: a single launch with a part of a tile, and a split with its merge."""
+_QUERY_HEADS = 8
+"""Of a check at least: arrays of fewer numbers than that, such as sinks, reach a kernel in another address space, for
+which Metal compiles another one."""
 
 
 def check(family: Family, signature: Signature, attend: Attend) -> tuple[bool, str]:
     """Whether ``attend`` with the kernels of ``family`` is right on this machine, and if not, what it did; once."""
-    small = signature._replace(batch=1, query_heads=signature.query_heads // signature.kv_heads, kv_heads=1)
+    group = signature.query_heads // signature.kv_heads
+    kv_heads = 1 if signature.rope_dim else -(-_QUERY_HEADS // group)
+    small = signature._replace(batch=1, query_heads=group * kv_heads, kv_heads=kv_heads)
     lengths = range(1, signature.query_length + 1)
     length = next(n for n in lengths if family_of(small._replace(query_length=n)) == family)
     return _check(family, small._replace(query_length=length), attend)
@@ -41,22 +47,25 @@ def check(family: Family, signature: Signature, attend: Attend) -> tuple[bool, s
 def _check(family: Family, signature: Signature, attend: Attend) -> tuple[bool, str]:
     try:
         calls = (_small_call(signature, max(count, signature.query_length)) for count in _COUNTS)
-        error = max(_error(kind, attend) for call in calls for kind in (call, _stacked(call)) if kind is not None)
+        errors = [_error(kind, attend) for call in calls for kind in (call, _stacked(call)) if kind is not None]
     except (RuntimeError, ValueError) as failure:
-        return _refuse(signature, f"the Metal kernel does not run here: {failure}")
-    if not error <= _TOLERANCES[signature.dtype]:
-        return _refuse(signature, f"the Metal kernel is wrong here by {error:.1e} of the largest value")
+        return _refuse(family, signature, "the Metal kernel does not run here: ", str(failure))
+    wrong = [error for error in errors if not error <= _TOLERANCES[signature.dtype]]  # or not a number
+    if wrong:
+        return _refuse(family, signature, f"the Metal kernel is wrong here by {wrong[0]:.1e} of the largest value")
     return True, ""
 
 
-def _refuse(signature: Signature, reason: str) -> tuple[bool, str]:
+def _refuse(family: Family, signature: Signature, reason: str, message: str = "") -> tuple[bool, str]:
+    """Warn, with the whole of ``message``; the report gets a line of it."""
     warnings.warn(
-        f"qsdpa_patch: {reason} (keys {signature.key_format}, values {signature.value_format}, head dim "
-        f"{signature.key_dim}, {signature.dtype}). Such calls take MLX's own operations from now on.",
+        f"qsdpa_patch: {reason}{message} (kernel {family.kind.value!r} of {family.rows} rows, keys "
+        f"{signature.key_format}, values {signature.value_format}, head dim {signature.key_dim}, {signature.dtype}). "
+        "Such calls take MLX's own operations from now on.",
         RuntimeWarning,
         stacklevel=2,
     )
-    return False, reason
+    return False, reason + first_error(message)
 
 
 def _error(call: AttentionCall, attend: Attend) -> float:
@@ -77,7 +86,9 @@ def _small_call(sig: Signature, count: int) -> AttentionCall:
 
     def stored(dim: int, format: Format, scale_dtype: mx.Dtype) -> QuantizedTensor:
         dtype = sig.dtype if scale_dtype == mx.uint8 else scale_dtype
-        return quantize(normal(1, 1, count + 11, dim).astype(dtype), format).map_parts(lambda p: p[:, :, :count])
+        return quantize(normal(1, sig.kv_heads, count + 11, dim).astype(dtype), format).map_parts(
+            lambda p: p[:, :, :count]
+        )
 
     keys = stored(sig.key_dim, sig.key_format, sig.key_scale_dtype)
     values = keys if sig.shared_kv else stored(sig.value_dim, sig.value_format, sig.value_scale_dtype)

@@ -79,7 +79,8 @@ def test_the_first_use_of_a_family_is_checked_once(metal: EmulatedBackend) -> No
 
 
 @pytest.mark.parametrize(
-    ("kernels", "reason"), [(wrong_kernels, "wrong here by 1.0e"), (failing_kernels, "Unable to build metal library")]
+    ("kernels", "reason"),
+    [(wrong_kernels, "wrong here by 1.0e"), (failing_kernels, "program_source:7:3: error: no such type")],
 )
 def test_a_kernel_that_is_wrong_or_does_not_compile_is_refused_with_one_warning(
     metal: EmulatedBackend, monkeypatch: pytest.MonkeyPatch, kernels: Callable[..., Any], reason: str
@@ -89,11 +90,55 @@ def test_a_kernel_that_is_wrong_or_does_not_compile_is_refused_with_one_warning(
     with pytest.warns(RuntimeWarning, match="MLX's own operations") as given:
         supported, why = metal.has_fused_kernel(signature)
     assert len(given) == 1
+    assert (kernels is failing_kernels) == ("1 error generated." in str(given[0].message)), "all that the compiler said"
     assert not supported
     assert reason in why
+    assert "\n" not in why, "it is for a table"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert metal.has_fused_kernel(signature._replace(batch=2)) == (False, why)
+
+
+def test_what_is_not_a_number_is_wrong_in_any_launch(metal: EmulatedBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = backend.metal_kernel
+
+    def without_numbers(**options: Any) -> Callable[..., list[mx.array]]:
+        if options["name"] != "qsdpa_merge":
+            return made(**options)
+        return lambda **launch: [
+            mx.full(s, mx.nan, d) for s, d in zip(launch["output_shapes"], launch["output_dtypes"])
+        ]
+
+    monkeypatch.setattr(backend, "metal_kernel", without_numbers)
+    with pytest.warns(RuntimeWarning, match="is wrong here by nan"):
+        assert not metal.has_fused_kernel(cases.build(CASE).signature)[0]
+
+
+@pytest.mark.parametrize("length", [1, 6, 300])
+@pytest.mark.parametrize("group", [1, 2, 3, 16])
+def test_the_check_compiles_the_kernels_of_calls_with_many_heads(
+    metal: EmulatedBackend, monkeypatch: pytest.MonkeyPatch, group: int, length: int
+) -> None:
+    """Whole and split, with arrays in the address space that they have there: of 8 numbers or more."""
+    launched: set[str] = set()
+
+    def recording(**options: Any) -> Callable[..., list[mx.array]]:
+        def call(**launch: Any) -> list[mx.array]:
+            launched.add(options["name"])
+            assert [name for name, x in zip(options["input_names"], launch["inputs"]) if x.size < 8] == ["scale"] * (
+                options["name"] != "qsdpa_merge"
+            )
+            return [mx.zeros(s, d) for s, d in zip(launch["output_shapes"], launch["output_dtypes"])]
+
+        return call
+
+    monkeypatch.setattr(backend, "metal_kernel", recording)
+    monkeypatch.setattr(backend, "has_fused_sdpa", lambda _: (False, ""))
+    monkeypatch.setattr(backend, "core_count", lambda: 10)
+    case = replace(CASE, kv_heads=8, group=group, length=length, count=length, capacity=length, sinks=True)
+    with pytest.warns(RuntimeWarning, match="is wrong here"):
+        metal.has_fused_kernel(cases.build(case).signature)
+    assert launched == {"qsdpa_decode", "qsdpa_decode_split", "qsdpa_merge"}
 
 
 def test_the_check_leaves_the_random_state_alone(metal: EmulatedBackend) -> None:
