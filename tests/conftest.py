@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -10,6 +11,10 @@ import qsdpa_patch
 from qsdpa_patch import adapter_registry
 from qsdpa_patch.dispatcher import router
 from qsdpa_patch.settings import DEFAULT_SETTINGS
+
+# Some GPUs multiply float32 matrices in TF32 unless told otherwise, with errors (5e-4) beyond the tests' tolerances.
+# MLX reads it at the first product.
+os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
 
 @pytest.fixture(autouse=True)

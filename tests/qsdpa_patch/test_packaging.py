@@ -40,7 +40,11 @@ def test_every_source_is_there(unpacked: Path) -> None:
     moved = {"qsdpa_patch/qsdpa_patch.pth", "qsdpa_patch/_startup.py"}  # to the top level
     for folder in ("qsdpa_patch", "kernels", "adapters"):
         installed = unpacked if folder == "qsdpa_patch" else unpacked / "qsdpa_patch"
-        files = [path for path in (ROOT / folder).rglob("*") if path.is_file() and path.suffix != ".pyc"]
+        files = [
+            path
+            for path in (ROOT / folder).rglob("*")
+            if path.is_file() and path.suffix != ".pyc" and path.name != ".DS_Store"
+        ]
         assert files
         names = {path.relative_to(ROOT).as_posix() for path in files} - moved
         assert [name for name in sorted(names) if not (installed / name).is_file()] == []

@@ -86,8 +86,9 @@ def _wait_until_ready(server: Server) -> None:
 
 
 def _make_kernel_fail(at_call: int) -> None:
-    from qsdpa_patch.kernels.cpu import backend
+    from qsdpa_patch.kernels.backends import default_backend_name, load_backend
 
+    backend: Any = load_backend(default_backend_name())
     attend, calls = backend.attend, 0
 
     def failing_attend(call: Any) -> Any:
