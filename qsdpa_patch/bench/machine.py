@@ -15,13 +15,14 @@ __all__ = ["describe_machine"]
 
 
 def describe_machine() -> dict[str, Any]:
-    """Device, processor and versions."""
+    """Device, processor and versions. ``memory_bytes``: of the device; ``None`` where MLX does not say (on a CPU)."""
     device = mx.default_device()
     info = mx.device_info()
     return {
         "device": device.type.name,
         "device_name": info.get("device_name", "unknown"),
         "architecture": info.get("architecture", platform.machine()),
+        "memory_bytes": info.get("memory_size") or info.get("total_memory"),
         "cpu_count": os.cpu_count(),
         "platform": platform.platform(),
         "python": platform.python_version(),

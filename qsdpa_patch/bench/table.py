@@ -24,7 +24,8 @@ def print_results(run: BenchmarkRun, console: Console) -> None:
     """Print a table for each suite and shape, then what failed and why."""
     machine = run.machine
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
-    console.print(f"{machine['device_name']} ({machine['device']}), {versions}", highlight=False)
+    memory = f", {machine['memory_bytes'] / 2**30:.0f} GiB" if machine["memory_bytes"] else ""
+    console.print(f"{machine['device_name']} ({machine['device']}{memory}), {versions}", highlight=False)
     for (suite, label), results in itertools.groupby(run.results, lambda r: (r.case.suite, r.case.label)):
         console.print()
         console.print(_table(f"{suite}: {label}", list(results), run.limits))

@@ -81,7 +81,7 @@ def _device() -> Iterator[Finding]:
     name = info.get("device_name") or info.get("architecture") or platform.processor() or platform.machine()
     memory = info.get("memory_size") or info.get("total_memory")
     size = f", {int(memory) / 2**30:.0f} GiB" if memory else ""
-    yield Finding("device", f"{mx.default_device()}: {name}{size}, {platform.system()} {platform.machine()}")
+    yield Finding("device", f"{mx.default_device()}: {name}{size}, {platform.platform()}")
 
 
 def _startup_hook() -> Iterator[Finding]:

@@ -88,6 +88,23 @@ def test_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert expected in printed
 
 
+@pytest.mark.parametrize(
+    ("info", "printed"),
+    [
+        ({"device_name": "Apple M3 Max", "memory_size": 36 << 30}, "Apple M3 Max (cpu, 36 GiB), "),
+        ({"device_name": "NVIDIA H200", "total_memory": 140 << 30}, "NVIDIA H200 (cpu, 140 GiB), "),
+        ({"device_name": "Some CPU"}, "Some CPU (cpu), "),
+    ],
+)
+def test_the_machine_is_told_with_its_memory(
+    info: dict[str, Any], printed: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """MLX has it under different names on Metal and CUDA. Macs of one name have different numbers of cores."""
+    monkeypatch.setattr(mx, "device_info", lambda *_: info)
+    assert bench("--context", "33") == 0
+    assert capsys.readouterr().out.startswith(printed)
+
+
 def test_json_holds_the_cases_before_one_that_ends_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def measure_once(*args: Any, **kwargs: Any) -> Any:
         monkeypatch.setattr(runner, "measure", out_of_memory)
