@@ -155,6 +155,8 @@ AT_COMPILE_TIME = [
     Kernel("a vector of too few numbers",
            "float4 v = float4(1, 2, 3); y[i] = v.x;", "wrong number of vector components"),
     Kernel("new", "thread float* p = new float; y[i] = *p;", "error"),
+    Kernel("a lambda", "auto f = [](float v) { return 2 * v; }; y[i] = f(x[i]);", "a lambda is not in Metal 3.1"),
+    Kernel("a source that is not ASCII", "/* \u00d7 */ y[i] = x[i];", "as ASCII"),
     Kernel("a variable named as a stage", "float fragment = x[i]; y[i] = fragment;", "'fragment' is a keyword"),
 ]  # fmt: skip
 
@@ -242,6 +244,26 @@ def test_shuffles_and_reductions(emulator: Emulator) -> None:
         [3] * 32,
         [i * (i + 1) // 2 for i in lanes],
     ]
+
+
+def test_denormal_floats_are_zero_and_denormal_halves_are_not(emulator: Emulator) -> None:
+    """As on Apple GPUs, whose hardware can do neither otherwise."""
+    body = "y[0] = x[0] * x[1]; z[0] = as_type<half>(ushort(1)) * half(x[2]);"
+    product, half = emulator.metal_kernel("denormals", ["x"], ["y", "z"], body)(
+        inputs=[mx.array([1e-20, 1e-20, 2.0])], grid=(1, 1, 1), threadgroup=(1, 1, 1), output_shapes=[(1,), (1,)],
+        output_dtypes=[mx.float32, mx.float16],
+    )  # fmt: skip
+    assert product.item() == 0
+    assert half.view(mx.uint16).item() == 2
+
+
+def test_more_buffers_than_metal_has_are_refused(emulator: Emulator) -> None:
+    names = [f"x{i}" for i in range(31)]
+    with pytest.raises(MetalError, match="32 buffers, where Metal has 31"):
+        emulator.metal_kernel("buffers", names, ["y"], "y[0] = x0[0];")(
+            inputs=[mx.zeros(8)] * 31, grid=(1, 1, 1), threadgroup=(1, 1, 1), output_shapes=[(1,)],
+            output_dtypes=[mx.float32],
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])

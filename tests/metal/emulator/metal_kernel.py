@@ -12,10 +12,14 @@ from numpy.typing import NDArray
 
 from tests.metal.emulator import worker_process
 from tests.metal.emulator.compiler import build, build_counting
+from tests.metal.emulator.errors import MetalError
 from tests.metal.emulator.signature import Input, function_name, generate, shape_arguments, template_values
 from tests.metal.emulator.worker_process import ATOMIC, CHECK_RACES, WRITABLE, Argument, Cost
 
 __all__ = ["Emulator"]
+
+MAX_BUFFERS = 31
+"""Of a kernel, on every device."""
 
 
 class Emulator:
@@ -71,6 +75,8 @@ class Emulator:
             text = generate(function, header, source, described, outputs, template, atomic_outputs)
             if verbose:
                 print(f"Generated source code for `{name}`:\n```\n{text}\n```")
+            if not text.isascii():
+                raise MetalError("MLX hands a source to Metal's compiler as ASCII, which this is not")
             blocks: list[dict[str, int]] = []
             if self._count_instructions:
                 library, blocks = build_counting(text, function, template_values(template))
@@ -82,6 +88,8 @@ class Emulator:
                 size = int(np.prod(shape)) * dtype.size
                 access = ATOMIC if atomic_outputs else WRITABLE
                 arguments.append(Argument(len(arguments), output, size, initial, access))
+            if len(arguments) > MAX_BUFFERS:
+                raise MetalError(f"{len(arguments)} buffers, where Metal has {MAX_BUFFERS}")
             results, cost = worker_process.run(name, library, arguments, grid, threadgroup, self._flags, blocks)
             self.costs.append(cost)
             return [_array(r, tuple(s), d) for r, s, d in zip(results, output_shapes, output_dtypes)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tests.metal.emulator.source import tokenize
@@ -30,7 +30,8 @@ def broken_rules(unit: Path, command: Sequence[str]) -> list[str]:
     words = [f"'{word}' is not in Metal" for word in sorted(_NOT_IN_METAL & tokens)]
     words += [f"'{word}' is a keyword of Metal's" for word in sorted(_RESERVED & tokens)]
     syntax = subprocess.run([*command, *_SYNTAX_ONLY, str(unit)], capture_output=True, text=True, check=False)
-    return words + _narrowing_to_bfloat(syntax.stderr) + _missing_address_spaces(syntax.stdout)
+    tree = list(_of_the_kernel(syntax.stdout))
+    return words + _narrowing_to_bfloat(syntax.stderr) + _missing_address_spaces(tree) + _lambdas(tree)
 
 
 def _narrowing_to_bfloat(messages: str) -> list[str]:
@@ -42,18 +43,31 @@ def _narrowing_to_bfloat(messages: str) -> list[str]:
     return found
 
 
-def _missing_address_spaces(tree: str) -> list[str]:
-    """In Metal every pointer and reference names its address space; OpenCL takes one without for generic."""
-    found, in_kernel = [], False
+def _of_the_kernel(tree: str) -> Iterator[str]:
+    """The lines of a syntax tree that are about the source of the kernel."""
+    in_kernel = False
     first = max(0, tree.rfind("\n", 0, tree.find("kernel.metal:")))  # the declarations of headers come before
     for line in tree[first:].splitlines():
         # A location names its file only where that differs from the previous one.
         for match in re.finditer(r"([\w./-]+\.(?:h|metal|clcpp)|<scratch space>|<invalid sloc>)(?=:\d+:\d+|>)", line):
             in_kernel = match[1] == "kernel.metal"
-        if not in_kernel or " implicit " in line or not re.search(r"\b(VarDecl|ParmVarDecl|FieldDecl)\b", line):
+        if in_kernel and " implicit " not in line:
+            yield line
+
+
+def _missing_address_spaces(tree: Sequence[str]) -> list[str]:
+    """In Metal every pointer and reference names its address space; OpenCL takes one without for generic."""
+    found = []
+    for line in tree:
+        if not re.search(r"\b(VarDecl|ParmVarDecl|FieldDecl)\b", line):
             continue
         named = re.search(r"(?:line|col):[\d:]+ (?:used |referenced |invalid )*(?!used |referenced )\w+ '", line)
         generic = re.search(r"__generic [^']*[*&]|__generic[^']*\(&", line.split("'", 1)[-1])
         if named and generic:
             found.append("missing address space: " + re.sub(r"^[ |`-]*|0x[0-9a-f]+ |<.*?> ", "", line)[:120])
     return found
+
+
+def _lambdas(tree: Sequence[str]) -> list[str]:
+    """On macOS 14, MLX compiles as Metal 3.1, which has none."""
+    return ["a lambda is not in Metal 3.1"] if any(re.search(r"\bLambdaExpr\b", line) for line in tree) else []

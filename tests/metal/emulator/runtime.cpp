@@ -566,6 +566,9 @@ extern "C" int emu_launch(void* function, const u64* arguments, const u32* grid,
   threadgroup_id = 0;
   current = nullptr;
   memset(block_counts, 0, sizeof block_counts);
+  // Apple GPUs flush denormal floats to zero, and keep denormal halves: as conversions of halves do here.
+  _MM_SET_FLUSH_ZERO_MODE(_MM_FLUSH_ZERO_ON);
+  _MM_SET_DENORMALS_ZERO_MODE(_MM_DENORMALS_ZERO_ON);
   if (u64(size[0]) * size[1] * size[2] > MAX_THREADS) {
     snprintf(stats->error, sizeof stats->error, "threadgroup larger than %u threads", MAX_THREADS);
     return 1;
