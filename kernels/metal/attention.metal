@@ -90,8 +90,9 @@ inline void fold(thread float* v, uint lane) {
   const bool upper = (lane & MASK) != 0;
   MLX_MTL_PRAGMA_UNROLL
   for (int j = 0; j < COUNT / 2; j++) {
-    const float keep = upper ? v[j + COUNT / 2] : v[j];
-    const float give = upper ? v[j] : v[j + COUNT / 2];
+    const float low = v[j], high = v[j + COUNT / 2];  // both read: a choice of addresses would keep `v` in memory
+    const float keep = upper ? high : low;
+    const float give = upper ? low : high;
     v[j] = keep + simd_shuffle_xor(give, ushort(MASK));
   }
 }

@@ -21,7 +21,9 @@ from tests.metal.emulator.instructions import instrument
 from tests.metal.emulator.rules import broken_rules
 from tests.metal.emulator.source import rewrite
 
-__all__ = ["CLANG", "build", "build_counting", "cache_folder", "missing_tools", "runtime_library"]
+__all__ = [
+    "CLANG", "arrays_in_memory", "build", "build_counting", "cache_folder", "missing_tools", "runtime_library",
+]  # fmt: skip
 
 HERE = Path(__file__).parent
 CLANG = os.environ.get("QSDPA_TEST_CLANG", "clang-19")
@@ -184,6 +186,21 @@ def build_counting(
             _run([CLANG, "-O1", "-march=x86-64-v3", "-fPIC", "-shared", str(assembly), "-o", str(shared), "-lm"])
             shared.replace(library)
     return library, blocks
+
+
+def arrays_in_memory(source: str, function: str, template: Sequence[tuple[str, str]] = ()) -> list[str]:
+    """The types of the arrays of a thread that are not in registers, with all inlined and unrolled as Metal does it.
+
+    They are those with an index that is known only at run time. On a GPU each use of one is an access to memory.
+    """
+    unit = _translation_unit(source, function, template, None, with_mlx_utilities=True)
+    options = ["-mllvm", "-inline-threshold=1000000000", f"-I{HERE / 'include'}", f"-I{mlx_headers()}"]
+    with tempfile.TemporaryDirectory(dir=cache_folder()) as folder:
+        text, assembly = Path(folder) / "unit.clcpp", Path(folder) / "unit.ll"
+        text.write_text(unit)
+        _run([CLANG, *LANGUAGE, *COUNTED, *options, "-S", "-emit-llvm", str(text), "-o", str(assembly)])
+        found = set(re.findall(r"= alloca (\[[^,\n]*)", assembly.read_text()))
+    return sorted(found - {"[6 x float]"})  # the operands of a matrix product, in simdgroup.h
 
 
 def _run(command: Sequence[str]) -> None:
