@@ -157,6 +157,10 @@ AT_COMPILE_TIME = [
     Kernel("new", "thread float* p = new float; y[i] = *p;", "error"),
     Kernel("a lambda", "auto f = [](float v) { return 2 * v; }; y[i] = f(x[i]);", "a lambda is not in Metal 3.1"),
     Kernel("a source that is not ASCII", "/* \u00d7 */ y[i] = x[i];", "as ASCII"),
+    Kernel("C++17, which Metal 3 is not", "Pair p(x[i], 1.0f); y[i] = p.a;", "newer than C++14",
+           header="template <typename T> struct Pair { T a, b; Pair(T a, T b) : a(a), b(b) {} };\n"),
+    Kernel("a variable named as an address space",
+           "float object_data = x[i]; y[i] = object_data;", "'object_data' is a keyword"),
     Kernel("a variable named as a stage", "float fragment = x[i]; y[i] = fragment;", "'fragment' is a keyword"),
 ]  # fmt: skip
 

@@ -15,10 +15,11 @@ _NOT_IN_METAL = {
     "double", "goto", "new", "delete", "virtual", "dynamic_cast", "typeid", "noexcept", "register", "thread_local",
     "throw", "try",
 }  # fmt: skip
-_RESERVED = {"vertex", "fragment"}
-"""Keywords of Metal's that are none here; the third of them, ``kernel``, is one in OpenCL too."""
+_RESERVED = {"vertex", "fragment", "ray_data", "object_data", "threadgroup_imageblock", "coherent"}
+"""Keywords of Metal's that are none here: of the stages, ``kernel`` is one in OpenCL too."""
 _SYNTAX_ONLY = (
-    "-fsyntax-only", "-Wconversion", "-Wno-sign-conversion", "-Xclang", "-ast-dump", "-fno-color-diagnostics",
+    "-fsyntax-only", "-Wconversion", "-Wno-sign-conversion", "-Wpre-c++17-compat", "-Xclang", "-ast-dump",
+    "-fno-color-diagnostics",
 )  # fmt: skip
 
 
@@ -31,7 +32,8 @@ def broken_rules(unit: Path, command: Sequence[str]) -> list[str]:
     words += [f"'{word}' is a keyword of Metal's" for word in sorted(_RESERVED & tokens)]
     syntax = subprocess.run([*command, *_SYNTAX_ONLY, str(unit)], capture_output=True, text=True, check=False)
     tree = list(_of_the_kernel(syntax.stdout))
-    return words + _narrowing_to_bfloat(syntax.stderr) + _missing_address_spaces(tree) + _lambdas(tree)
+    messages = _narrowing_to_bfloat(syntax.stderr) + _newer_than_cpp14(syntax.stderr)
+    return words + messages + _missing_address_spaces(tree) + _lambdas(tree)
 
 
 def _narrowing_to_bfloat(messages: str) -> list[str]:
@@ -40,6 +42,16 @@ def _narrowing_to_bfloat(messages: str) -> list[str]:
     for line in messages.splitlines():
         if "kernel.metal:" in line and "loses floating-point" in line and re.search(r"to ('bfloat|.*__bf16')", line):
             found.append(line.split("kernel.metal:")[1])
+    return found
+
+
+def _newer_than_cpp14(messages: str) -> list[str]:
+    """Before Metal 4 the language is C++14. Its ``if constexpr``, an extension there, MLX's own kernels have too."""
+    found = []
+    for line in messages.splitlines():
+        newer = re.search(r"kernel\.metal:(.*?) (?:is|are) incompatible with C\+\+ standards before C\+\+17", line)
+        if newer and "constexpr if" not in newer[1]:
+            found.append("newer than C++14: " + newer[1])
     return found
 
 
