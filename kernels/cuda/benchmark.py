@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from pathlib import Path
 
 import mlx.core as mx
 
@@ -26,7 +27,7 @@ from qsdpa_patch.kernels.cuda.tickets import start as start_evaluation
 from qsdpa_patch.kernels.dtypes import dtype_name
 from qsdpa_patch.kernels.format import Format
 from qsdpa_patch.kernels.quantized_tensor import PackedStack, QuantizedTensor, quantize_parts, stack_parts
-from qsdpa_patch.output_files import json_file, write_json
+from qsdpa_patch.output_files import check_writable, write_json
 
 __all__ = ["SHAPES", "Shape", "copy_bandwidth", "main", "time_calls"]
 
@@ -319,12 +320,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Time the CUDA kernels beside what MLX has.")
     parser.add_argument("names", nargs="*", help=f"of {', '.join(SHAPES)}; all by default")
     parser.add_argument("--no-peers", action="store_true", help="only the kernels")
-    parser.add_argument("--json", metavar="FILE", help="write the figures here, after each shape")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here, after each shape")
     options = parser.parse_args()
-    try:
-        file = json_file(options.json)
-    except ValueError as error:
-        parser.error(str(error))
+    if options.json:
+        try:
+            check_writable("--json", options.json)
+        except ValueError as error:
+            parser.error(str(error))
     bandwidth = copy_bandwidth()
     print(f"mlx {version('mlx')}; copy bandwidth {bandwidth / 1e12:.2f} TB/s; times in microseconds")
     print("| shape | MB | fused | of copy | TFLOP/s | stock | dequantize + SDPA | unquantized SDPA |")
@@ -335,8 +337,8 @@ def main() -> None:
         row = _measure(SHAPES[name], not options.no_peers, unquantized)
         rows.append({"name": name, **row})
         print(_table_row(row, SHAPES[name], max(bandwidth, _NOMINAL_BANDWIDTH)), flush=True)
-        if file:
-            write_json(file, {"bandwidth": bandwidth, "rows": rows})
+        if options.json:
+            write_json(options.json, {"bandwidth": bandwidth, "rows": rows})
 
 
 def _table_row(row: dict[str, float | str], shape: Shape, ceiling: float) -> str:

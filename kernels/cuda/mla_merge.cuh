@@ -6,7 +6,7 @@
 namespace qsdpa {
 
 // Merges the splits of a row tile. A block: eight columns of all rows; each of PARTS groups of four warps takes every
-// PARTS-th split, as four warps hold them in MlaDecoder::store(), so that all loads of a thread are under way at once.
+// PARTS-th split, as four warps hold them in MlaConsumers::store(), so that all loads of a thread are under way at once.
 template <typename T, int D, typename F, int PARTS, typename SinkT>
 class MlaMerger {
   static constexpr int ROWS = 64, GROUP = 128, THREADS = PARTS * GROUP;

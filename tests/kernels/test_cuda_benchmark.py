@@ -79,6 +79,18 @@ def test_the_figures_are_written_after_each_shape(tmp_path: Path, monkeypatch: p
     ]
 
 
+def test_a_file_that_cannot_be_written_is_said_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(benchmark, "copy_bandwidth", lambda: pytest.fail("measured"))
+    file = tmp_path / "missing" / "figures.json"
+    monkeypatch.setattr("sys.argv", ["benchmark", "--json", str(file)])
+    with pytest.raises(SystemExit) as stop:
+        benchmark.main()
+    assert stop.value.code == 2
+    assert f"--json {file}: cannot be written" in capsys.readouterr().err
+
+
 def test_a_row_of_the_table() -> None:
     row: dict[str, float | str] = {"shape": "S", "megabytes": 172.0, "fused": 80.0, "stock": 800.0, "unquantized": "no"}
     assert benchmark._table_row(row, SHAPES["4bit"], 4.3e12) == "| S | 172 | 80.0 | 50% | 27 | 800.0 (10.0x) | - | no |"
