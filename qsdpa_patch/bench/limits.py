@@ -10,6 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from qsdpa_patch.bench.machine import device_memory
 from qsdpa_patch.kernels.backends import load_backend
 
 __all__ = ["DeviceLimits", "Work", "measure_device_limits"]
@@ -110,6 +111,4 @@ def _median_seconds(make: Callable[[], Any], repeats: int) -> float:
 
 def _measured_bytes() -> int:
     """More than any cache holds, and a small part of the memory."""
-    info = mx.device_info()
-    memory = int(info.get("total_memory") or info.get("memory_size") or 16 << 30)
-    return min(_LARGEST_ARRAY[mx.default_device().type], memory // 16)
+    return min(_LARGEST_ARRAY[mx.default_device().type], (device_memory() or 16 << 30) // 16)

@@ -18,6 +18,7 @@ import mlx.core as mx
 
 from qsdpa_patch.activation import untested_versions
 from qsdpa_patch.adapter_registry import adapter_for, adapters
+from qsdpa_patch.bench.machine import device_memory
 from qsdpa_patch.dispatcher import router
 from qsdpa_patch.kernels.attention_call import Signature
 from qsdpa_patch.kernels.backends import BACKENDS, default_backend_name, load_backend
@@ -79,8 +80,8 @@ def _version(distribution: str) -> str:
 def _device() -> Iterator[Finding]:
     info = mx.device_info()
     name = info.get("device_name") or info.get("architecture") or platform.processor() or platform.machine()
-    memory = info.get("memory_size") or info.get("total_memory")
-    size = f", {int(memory) / 2**30:.0f} GiB" if memory else ""
+    memory = device_memory()
+    size = f", {memory / 2**30:.0f} GiB" if memory else ""
     yield Finding("device", f"{mx.default_device()}: {name}{size}, {platform.platform()}")
 
 
