@@ -14,6 +14,7 @@ from qsdpa_patch.kernels.cuda.mla import MlaKernel
 from qsdpa_patch.kernels.cuda.prefill import PrefillKernel
 from qsdpa_patch.kernels.cuda.source import stores_new_rows
 from qsdpa_patch.kernels.format import Format
+from qsdpa_patch.kernels.messages import first_error
 from qsdpa_patch.kernels.pending_rows import PendingRows
 from qsdpa_patch.kernels.quantized_tensor import PackedStack, QuantizedTensor, quantize_parts, stack_alike
 from qsdpa_patch.kernels.row_quantization import quantize_rows_in_ops
@@ -26,15 +27,20 @@ _TOLERANCE = {mx.float16: 4e-3, mx.bfloat16: 2e-2, mx.float32: 1e-4}
 
 
 def failure(kernel: DecodeKernel | MlaKernel | PrefillKernel) -> str:
-    """Why ``kernel`` cannot be used on this device; empty if it can. Found out, and logged, once a compiled kernel."""
+    """Why ``kernel`` cannot be used on this device, in a line; empty if it can.
+
+    Found out once a compiled kernel, and logged with all that the compiler said.
+    """
     if kernel.source not in _failures:
-        _failures[kernel.source] = problem = _problem(kernel)
+        problem, message = _problem(kernel)
         if problem:
-            _log.warning("qsdpa_patch: %s (%s)", problem, kernel.plan.signature)
+            _log.warning("qsdpa_patch: %s%s (%s)", problem, message, kernel.plan.signature)
+        _failures[kernel.source] = problem + first_error(message)
     return _failures[kernel.source]
 
 
-def _problem(kernel: DecodeKernel | MlaKernel | PrefillKernel) -> str:
+def _problem(kernel: DecodeKernel | MlaKernel | PrefillKernel) -> tuple[str, str]:
+    """What is wrong with ``kernel``, and the message of what it raised."""
     sig = kernel.plan.signature
     try:
         call = _sample_call(sig, kernel.plan.keys_to_check)
@@ -44,10 +50,10 @@ def _problem(kernel: DecodeKernel | MlaKernel | PrefillKernel) -> str:
             error = _relative_error(actual, reference.attend(call))
         stores = not isinstance(kernel, DecodeKernel) or _stores_new_rows(kernel, call)
     except RuntimeError as exception:
-        return f"the kernel failed on this device: {exception}"
-    if error > _TOLERANCE[sig.dtype]:
-        return f"the kernel is wrong on this device: error {error:.2g} in its self-check"
-    return "" if stores else "the kernel stores new rows wrongly on this device"
+        return "the kernel failed on this device: ", str(exception)
+    if not error <= _TOLERANCE[sig.dtype]:  # or not a number
+        return f"the kernel is wrong on this device: error {error:.2g} in its self-check", ""
+    return "" if stores else "the kernel stores new rows wrongly on this device", ""
 
 
 def _stores_new_rows(kernel: DecodeKernel, call: AttentionCall) -> bool:
